@@ -1,0 +1,24 @@
+"""Discrete events: time, units that serve, barriers, and what happened before what. Knows no GPU and no attention."""
+
+from flashsim.engine.barrier import Barrier, Completion, PhaseWait, Turn, TurnWait, Wait
+from flashsim.engine.causality import Access, Clock, Memory, Timeline, join
+from flashsim.engine.server import Server
+from flashsim.engine.simulation import Event, Simulation, Steps
+
+__all__ = [
+    "Access",
+    "Barrier",
+    "Clock",
+    "Completion",
+    "Event",
+    "Memory",
+    "PhaseWait",
+    "Server",
+    "Simulation",
+    "Steps",
+    "Timeline",
+    "Turn",
+    "TurnWait",
+    "Wait",
+    "join",
+]

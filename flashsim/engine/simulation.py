@@ -1,0 +1,69 @@
+"""Discrete events in integer time. The only module family that imports simpy: the rest of flashsim sees `Simulation`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any
+
+import simpy
+
+from flashsim.errors import SimulationError
+
+Event = simpy.Event
+Steps = Generator[Event, Any, None]
+"""A simulated process: a generator that yields the events it waits for."""
+
+
+class Simulation:
+    """One independent run: a clock in ticks and a queue of events.
+
+    Events at the same tick are processed in the order in which they were scheduled, so that equal inputs give equal
+    results in every process. `events` counts what was scheduled: it is the cost of an answer, and tests assert it.
+    """
+
+    def __init__(self) -> None:
+        self._env = simpy.Environment()
+        self.events = 0
+
+    @property
+    def now(self) -> int:
+        """Ticks since the start."""
+        return self._env._now  # type: ignore[return-value]
+
+    def at(self, time: int) -> Event:
+        """An event that fires at `time`, or now if that has passed."""
+        self.events += 1
+        delay = time - self._env._now
+        return simpy.Timeout(self._env, delay if delay > 0 else 0)
+
+    def call(self, time: int, action: Callable[[], None]) -> None:
+        """Do `action` at `time`."""
+        self.at(time).callbacks.append(lambda _: action())  # type: ignore[union-attr]
+
+    def event(self) -> Event:
+        """An event that fires when `fire` is called on it."""
+        return simpy.Event(self._env)
+
+    def fire(self, event: Event) -> None:
+        """Wake whoever waits for `event`, at this tick and after what is already due at it."""
+        self.events += 1
+        event.succeed()
+
+    def start(self, steps: Steps) -> None:
+        """Run `steps` as a process from now on."""
+        self.events += 1
+        simpy.Process(self._env, steps)
+
+    def run(self, max_events: int | None = None) -> None:
+        """Process events until none is left.
+
+        Raises SimulationError when more than `max_events` were scheduled: a schedule that never ends.
+        """
+        env = self._env
+        if max_events is None:
+            env.run()
+            return
+        while env.peek() != float("inf"):
+            env.step()
+            if self.events > max_events:
+                raise SimulationError(f"gave up after {max_events} events at tick {self.now}: does the schedule end?")

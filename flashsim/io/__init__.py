@@ -1,0 +1,1 @@
+"""Files that a user writes or reads: scenarios, measured rows, what is known of a session, JSON output."""

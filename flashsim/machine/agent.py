@@ -1,0 +1,205 @@
+"""One warpgroup of a CTA: interprets the verbs of its role's program."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from flashsim.engine import Clock, Completion, Steps, Wait, join
+from flashsim.errors import SimulationError
+from flashsim.machine.buffers import Buffer, View
+from flashsim.machine.operations import AsyncProduct, Batch, Load, Overhead, Signal, Store, SyncProduct
+from flashsim.machine.record import Record
+from flashsim.machine.tiles import HbmTile, WorkTile
+from flashsim.schedules.base import Role
+from flashsim.schedules.verbs import MapOp, Program, ReduceOp
+
+if TYPE_CHECKING:
+    from flashsim.machine.cta import CTA
+
+
+class Phrase:
+    """A verb with its operands, for messages; put into words only when somebody asks."""
+
+    __slots__ = ("parts", "verb")
+
+    def __init__(self, verb: str, *parts: object) -> None:
+        self.verb = verb
+        self.parts = parts
+
+    def __str__(self) -> str:
+        *operands, into = self.parts
+        return f"{self.verb}({', '.join(map(str, operands))}, into={into})"
+
+
+class Agent:
+    """Runs a program: its statements are issued in order, each when everything before it has been accepted.
+
+    The program's Python runs ahead to its next `yield`; what it said until then waits in `_queue` for its time.
+    """
+
+    def __init__(self, cta: CTA, role: Role, index: int) -> None:
+        self.cta = cta
+        self.sm = cta.sm
+        self.sim = cta.sim
+        self.role = role
+        self.index = index
+        self.problem = cta.problem
+        self.name = f"{role.name} {index}" if role.count > 1 else role.name
+        self.record = Record(self) if cta.functional else None
+        self.products_end = 0
+        """Tick at which the last asynchronous product ends."""
+        self.waits_for: Wait | None = None
+        self.finished = False
+        tma = self.sm.costs.device.tma
+        rate = tma.sm_byte_per_ns if tma and cta.kernel.copy == "tma" else self.sm.costs.device.memory.sm_byte_per_ns
+        self.link_rate = self.sm.costs.byte_rate(rate)
+        self._queue: list[Any] = []
+        self._batch: Batch | None = None
+        fragments = role.registers(RegisterFile(cta, self)) if role.registers else None
+        self._program: Program = role.program(self, cta.shared, fragments)
+
+    # The process.
+
+    def steps(self, begin: int) -> Steps:
+        """The warpgroup's life, from tick `begin`."""
+        yield self.sim.at(begin)
+        program = self._program
+        while True:
+            self.cta.speaker = self
+            try:
+                wait = next(program)
+            except StopIteration:
+                break
+            yield from self._issue()
+            yield from self._await(wait)
+        yield from self._issue()
+        self.finished = True
+        self.cta.agent_done()
+
+    def _issue(self) -> Steps:
+        """Issue everything that the program has said."""
+        self._batch = None
+        queue, self._queue = self._queue, []
+        for operation in queue:
+            yield from operation.perform(self)
+
+    def _await(self, wait: Wait) -> Steps:
+        if not hasattr(wait, "knowledge"):
+            raise SimulationError(f"{self.where()}: {self.name} yields {wait!r}, which cannot be waited for")
+        while not wait.ready():
+            event = self.sim.event()
+            wait.subscribe(event)
+            self.waits_for = wait
+            yield event
+        self.waits_for = None
+        knowledge = wait.knowledge()
+        if self.record and knowledge is not None:
+            join(self.record.timeline.clock, knowledge)
+        if wait.delay:
+            yield self.sim.at(self.sim.now + self.sm.vary("barrier", wait.delay))
+
+    def where(self) -> str:
+        """File and line of the statement at which the program stands."""
+        frame: Any = self._program
+        while getattr(frame, "gi_yieldfrom", None) is not None and hasattr(frame.gi_yieldfrom, "gi_frame"):
+            frame = frame.gi_yieldfrom
+        if frame.gi_frame is None:
+            return self.name
+        return f"{frame.gi_frame.f_code.co_filename}:{frame.gi_frame.f_lineno}"
+
+    # Signals and verbs (schedules.verbs.Warpgroup).
+
+    def signal(self, send: Any) -> None:
+        """Call `send(clock)` when everything said before has been accepted; `clock` is what is known here and now."""
+        clock: Clock | None = None
+        if self.record:
+            self.record.timeline.step()
+            clock = dict(self.record.timeline.clock)
+        self._say(Signal(send, clock))
+
+    def tiles(self) -> Iterator[WorkTile]:
+        index = 0
+        while (tile := self.cta.tile(index)) is not None:
+            yield tile
+            index += 1
+
+    def kv_tiles(self, tile: WorkTile, start: int = 0) -> Iterator[int]:
+        overhead = self.cta.kernel.overhead_instructions
+        j = tile.first + start
+        while j <= tile.last:
+            if overhead:
+                self._say(Overhead(overhead))
+            yield j
+            j += 1
+
+    def load(self, source: HbmTile, into: View) -> Completion:
+        completion = self._completion("load", source, into)
+        effect = self.record.load(source, into, completion) if self.record else None
+        self._say(Load(source, into, completion, effect))
+        return completion
+
+    def store(self, source: View, into: HbmTile) -> Completion:
+        completion = self._completion("store", source, into)
+        effect = self.record.store(source, into, completion) if self.record else None
+        self._say(Store(source, into, completion, effect))
+        return completion
+
+    def gemm(self, a: View, b: View, into: View, accumulate: bool = False) -> Completion:
+        if a.shape[1] != b.shape[0] or into.shape != (a.shape[0], b.shape[1]):
+            raise SimulationError(f"{self.where()}: gemm of {a.shape} and {b.shape} into {into.shape}: shapes do not fit")
+        completion = self._completion("gemm", a, b, into)
+        asynchronous = self.cta.kernel.mma == "wgmma"
+        effect = self.record.gemm(a, b, into, accumulate, completion, asynchronous) if self.record else None
+        self._say((AsyncProduct if asynchronous else SyncProduct)(a, b, completion, effect))
+        return completion
+
+    def map(self, op: MapOp, *operands: Any, into: View) -> Completion:
+        views = tuple(operand for operand in operands if isinstance(operand, View))
+        return self._compute("map", op, views, into, operands)
+
+    def reduce(self, op: ReduceOp, tile: View, into: View) -> Completion:
+        return self._compute("reduce", op, (tile,), into, ())
+
+    def convert(self, tile: View, into: View) -> Completion:
+        return self._compute("convert", "", (tile,), into, ())
+
+    def _compute(self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]) -> Completion:
+        """Add a register operation to the batch that the text is in the middle of."""
+        batch = self._batch
+        if batch is None:
+            batch = Batch(Completion(self.sim, "register operations"))
+            self._say(batch)
+            self._batch = batch
+        batch.keys.append((verb, op, into.buffer.name))
+        batch.operations.append((verb, op, views, into))
+        if self.record:
+            batch.effects.append(self.record.compute(verb, op, views, into, operands))
+        return batch.completion
+
+    def _say(self, operation: Any) -> None:
+        self._batch = None
+        self._queue.append(operation)
+
+    def _completion(self, verb: str, *parts: object) -> Completion:
+        return Completion(self.sim, Phrase(verb, *parts))
+
+
+class RegisterFile:
+    """Where a role declares the register tiles of one warpgroup (schedules.verbs.Registers)."""
+
+    def __init__(self, cta: CTA, agent: Agent) -> None:
+        self.cta = cta
+        self.problem = cta.problem
+        self.index = agent.index
+        self._prefix = f"{agent.name}'s "
+
+    def tile(self, name: str, shape: tuple[int, int], dtype: str = "fp32", over: View | None = None) -> View:
+        buffer = Buffer(self._prefix + name, shape, dtype, "registers", self.cta.functional)
+        if over and buffer.memory and over.buffer.memory:
+            buffer.memory.aliases.append(over.buffer.memory)
+            over.buffer.memory.aliases.append(buffer.memory)
+        return buffer.whole
+
+    def rows(self, name: str, count: int) -> View:
+        return self.tile(name, (count, 1))

@@ -1,0 +1,145 @@
+"""The whole GPU: every SM and every CTA of a kernel in one simulation. Nothing is skipped and nothing is assumed alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from flashsim.devices import DeviceSpec
+from flashsim.engine import Simulation
+from flashsim.errors import Deadlock, Hazard
+from flashsim.machine.costs import Costs
+from flashsim.machine.cta import CTA
+from flashsim.machine.feasibility import fit
+from flashsim.machine.grid import tile_at, tile_count
+from flashsim.machine.memory import PrivateMemory, SharedMemory
+from flashsim.machine.options import Options
+from flashsim.machine.sm import SM, UNITS
+from flashsim.machine.tiles import Coordinates
+from flashsim.problem import AttentionProblem
+from flashsim.schedules.base import Kernel
+
+
+@dataclass
+class KernelRun:
+    """What one launch did. Ticks of `busy` and `active` are summed over the SMs."""
+
+    ticks: int
+    """From the launch's arrival at the GPU to the last CTA's end."""
+    launch: int
+    """Of these, until the first CTA starts."""
+    active: int
+    """Ticks in which an SM had a CTA."""
+    busy: dict[str, int]
+    read_byte: int
+    written_byte: int
+    events: int
+    ctas_per_sm: int
+
+
+@dataclass
+class _Sm:
+    sm: SM
+    resident: int = 0
+    since: int = 0
+    active: int = 0
+
+
+@dataclass
+class FullSimulation:
+    """One kernel on a device.
+
+    Timing assumption: after the launch, CTAs start one after the other, `cta_interval_ns` apart, first one on each SM,
+    then a second one, and so on while they fit; then each CTA that ends makes room for the next.
+    """
+
+    device: DeviceSpec
+    clock_mhz: float
+    kernel: Kernel
+    problem: AttentionProblem
+    options: Options = field(default_factory=Options)
+
+    def run(self) -> KernelRun:
+        """Simulate. Raises Deadlock, Race or Hazard if the schedule is wrong, Infeasible if it does not fit."""
+        o, k = self.options, self.kernel
+        per_sm = fit(k, self.problem, self.device).ctas_per_sm
+        sim = self._sim = Simulation()
+        costs = Costs(self.device, self.clock_mhz)
+        tma = k.copy == "tma"
+        shared = SharedMemory(sim, costs, tma, o.seed)
+        private = PrivateMemory(sim, costs, tma)
+        memory = private if o.private_memory else shared
+        self._sms = [_Sm(SM(sim, costs, memory, o.draw)) for _ in range(self.device.sm.count)]
+        self._where = tile_at(k, self.problem)
+        self._tiles = tile_count(k, self.problem)
+        self._next = 0
+        self._running: dict[CTA, _Sm] = {}
+        self._ended: list[CTA] = []
+        launch = costs.ns(self.device.launch.kernel_us * 1000)
+        interval = costs.ns(self.device.launch.cta_interval_ns)
+        slots = len(self._sms) * per_sm
+        for position in range(min(slots, self._tiles)):
+            at = launch + position * interval
+            sim.start(self._start(self._sms[position % len(self._sms)], at, self._source(position, slots)))
+        sim.run(o.max_events)
+        self._check()
+        busy = {name: sum(s.sm.units[name].busy for s in self._sms) for name in UNITS}
+        busy |= {"l2": shared.l2.busy, "hbm": shared.hbm.busy}
+        return KernelRun(
+            ticks=self._end,
+            launch=launch,
+            active=sum(s.active for s in self._sms),
+            busy=busy,
+            read_byte=shared.read_byte,
+            written_byte=shared.written_byte,
+            events=sim.events,
+            ctas_per_sm=per_sm,
+        )
+
+    def _source(self, position: int, slots: int) -> Iterator[Coordinates]:
+        """The work tiles of the CTA in slot `position`, of CTAs that take many; of the next CTA, if each takes one."""
+        if self.kernel.grid.launch == "static":
+            return (self._where(i) for i in range(position, self._tiles, slots))
+        return self._counter()
+
+    def _counter(self) -> Iterator[Coordinates]:
+        while self._next < self._tiles:
+            self._next += 1
+            yield self._where(self._next - 1)
+
+    def _start(self, host: _Sm, at: int, source: Iterator[Coordinates]) -> Any:
+        """Start a CTA on `host` at tick `at`."""
+        sim = self._sim
+        yield sim.at(at)
+        if self.kernel.grid.launch == "cta":
+            first = next(source, None)
+            if first is None:
+                return
+            source = iter((first,))
+        if host.resident == 0:
+            host.since = sim.now
+        host.resident += 1
+        cta = CTA(host.sm, self.kernel, self.problem, lambda: next(source, None), self._exit, self.options)
+        self._running[cta] = host
+        cta.start()
+
+    def _exit(self, cta: CTA) -> None:
+        host = self._running.pop(cta)
+        if cta.functional:
+            self._ended.append(cta)
+        host.resident -= 1
+        self._end = self._sim.now
+        if host.resident == 0:
+            host.active += self._sim.now - host.since
+        if self.kernel.grid.launch == "cta" and self._next < self._tiles:
+            self._sim.start(self._start(host, self._sim.now, self._counter()))
+
+    def _check(self) -> None:
+        """Everybody has finished, and left everything as it should be."""
+        stuck = [agent for cta in self._running for agent in cta.agents if agent.waits_for]
+        if stuck:
+            lines = [f"  {a.name} waits for {a.waits_for.describe()}, at {a.where()}" for a in stuck if a.waits_for]
+            raise Deadlock("\n".join([f"deadlock at tick {self._sim.now}:", *lines]))
+        if wrong := [line for cta in self._ended for line in cta.leftovers()]:
+            raise Hazard("\n".join(wrong))

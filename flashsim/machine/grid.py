@@ -1,0 +1,42 @@
+"""The order in which work tiles are given out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flashsim.machine.tiles import Coordinates
+from flashsim.problem import AttentionProblem, num_q_tiles
+from flashsim.schedules.base import Kernel
+
+
+def tile_at(kernel: Kernel, problem: AttentionProblem) -> Callable[[int], Coordinates]:
+    """A function from a position in the kernel's order, from 0, to the work tile there.
+
+    `rows`: query blocks of a head from the first to the last, then the next head, then the next batch entry.
+    `longest_first`: sections of heads whose K and V fit `section_byte`, a power of two of them; in a section the last
+    query block of all heads, which a causal mask leaves longest, then the one before (hopper/tile_scheduler.hpp,
+    DynamicPersistentTileScheduler).
+    """
+    blocks = num_q_tiles(problem, kernel.BLOCK_M)
+    heads = problem.heads_q
+    if kernel.grid.order == "rows":
+        return lambda position: (position % blocks, position // blocks % heads, position // blocks // heads)
+
+    head_byte = problem.seqlen_k * (problem.head_dim + problem.head_dim_v) * problem.element_bytes
+    fit = max(1, kernel.grid.section_byte // head_byte)
+    section = (1 << (fit.bit_length() - 1)) * problem.heads_per_kv
+    total = heads * problem.batch
+
+    def longest_first(position: int) -> Coordinates:
+        first = position // (section * blocks) * section
+        width = min(section, total - first)
+        block, head = divmod(position - first * blocks, width)
+        head += first
+        return blocks - 1 - block, head % heads, head // heads
+
+    return longest_first
+
+
+def tile_count(kernel: Kernel, problem: AttentionProblem) -> int:
+    """Work tiles of the whole grid."""
+    return num_q_tiles(problem, kernel.BLOCK_M) * problem.heads_q * problem.batch

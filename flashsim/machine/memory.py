@@ -1,0 +1,107 @@
+"""HBM and the L2 cache behind all SMs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from random import Random
+from typing import Protocol
+
+from flashsim.engine import Server, Simulation
+from flashsim.machine.costs import Costs
+
+SHARED_TENSORS = ("K", "V")
+"""What many CTAs read; everything else is read by one."""
+
+Key = tuple[str, int, int, int, int]
+"""Names a tile: tensor, batch, head, first row, rows."""
+
+
+class Memory(Protocol):
+    """What an SM needs to know of the memory behind it."""
+
+    latency: int
+    """Ticks from a request to data that L2 holds, the time of the bytes apart."""
+
+    def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
+        """Tick from which L2 can send a tile that is asked for now; `sharers` CTAs receive what one read sends."""
+
+    def write(self, key: Key, size_byte: int) -> None:
+        """A tile arrives at L2, and goes on to HBM."""
+
+
+class SharedMemory:
+    """One L2 and one HBM for all SMs.
+
+    L2 holds whole tiles, the least recently used leave first; a tile on its way from HBM is waited for, not fetched
+    again. Timing assumption: HBM serves tile after tile at its achievable rate; its latency beyond L2's comes on top.
+    What is written takes room in L2 and a share of the HBM rate at once, though the hardware writes it back later.
+    """
+
+    def __init__(self, sim: Simulation, costs: Costs, tma: bool, seed: int) -> None:
+        m, t = costs.device.memory, costs.device.tma
+        l2_ns, hbm_ns = (t.l2_latency_ns, t.hbm_latency_ns) if tma and t else (m.l2_latency_ns, m.hbm_latency_ns)
+        self.sim = sim
+        self.latency = costs.ns(l2_ns)
+        self.miss = costs.ns(hbm_ns) - self.latency
+        """Ticks by which a tile that L2 does not hold comes later, the time of its bytes apart."""
+        self._capacity = m.l2_share_byte
+        self._held = 0
+        self._tiles: OrderedDict[Key, tuple[int, int]] = OrderedDict()
+        """Tile to (bytes, tick at which it is complete), the least recently used first."""
+        self.hbm = Server(sim, "hbm")
+        self.l2 = Server(sim, "l2")
+        self._hbm_rate = costs.byte_rate(m.hbm_byte_per_ns)
+        self._l2_rate = costs.byte_rate(m.l2_byte_per_ns)
+        self._spread = costs.ns(m.jitter_ns)
+        self._random = Random(seed)
+        self.read_byte = 0
+        self.written_byte = 0
+
+    def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
+        now = self.sim.now
+        held = self._tiles.get(key)
+        if held is None:
+            ready = self.hbm.serve(self._hbm_rate(size_byte)) + self.miss + self._random.randrange(self._spread + 1)
+            self.read_byte += size_byte
+            self._keep(key, size_byte, ready)
+        else:
+            ready = held[1]
+            self._tiles.move_to_end(key)
+        return self.l2.serve_from(now, self._l2_rate(size_byte // sharers)) if ready <= now else ready
+
+    def write(self, key: Key, size_byte: int) -> None:
+        self.hbm.serve(self._hbm_rate(size_byte))
+        self.written_byte += size_byte
+        self._keep(key, size_byte, self.sim.now)
+
+    def _keep(self, key: Key, size_byte: int, ready: int) -> None:
+        if key in self._tiles:
+            self._held -= self._tiles.pop(key)[0]
+        self._tiles[key] = (size_byte, ready)
+        self._held += size_byte
+        while self._held > self._capacity and len(self._tiles) > 1:
+            self._held -= self._tiles.popitem(last=False)[1][0]
+
+
+class PrivateMemory:
+    """Memory that no other SM uses: K and V are in L2, what only one CTA reads is not, and nothing but the SM's own link
+    limits the rate. `extra` ticks delay every tile that is in L2."""
+
+    def __init__(self, sim: Simulation, costs: Costs, tma: bool, extra: int = 0) -> None:
+        m, t = costs.device.memory, costs.device.tma
+        l2_ns, hbm_ns = (t.l2_latency_ns, t.hbm_latency_ns) if tma and t else (m.l2_latency_ns, m.hbm_latency_ns)
+        self.sim = sim
+        self.latency = costs.ns(l2_ns)
+        self.miss = costs.ns(hbm_ns) - self.latency
+        self._extra = extra
+        self.fetched: dict[str, int] = {}
+        """Tiles asked for, by tensor."""
+        self.written: dict[str, int] = {}
+
+    def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
+        tensor = key[0]
+        self.fetched[tensor] = self.fetched.get(tensor, 0) + 1
+        return self.sim.now + (self._extra if tensor in SHARED_TENSORS else self.miss)
+
+    def write(self, key: Key, size_byte: int) -> None:
+        self.written[key[0]] = self.written.get(key[0], 0) + 1

@@ -1,0 +1,138 @@
+"""The functional side of a warpgroup: who may touch what when, and what comes out.
+
+Accesses are checked when the program states them, in program order; numbers are computed when the operation ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from flashsim.engine import Access, Clock, Completion, Timeline
+from flashsim.errors import Hazard
+from flashsim.machine.buffers import Buffer, View
+from flashsim.machine.tiles import HbmTile
+
+if TYPE_CHECKING:
+    from flashsim.machine.agent import Agent
+
+Effect = Callable[[], None]
+
+
+class Record:
+    """Timelines of one warpgroup: its own, one for its products and one for its stores, which complete in order of issue
+    (wgmma groups and bulk-copy groups are waited for in commit order), and one for the loads into each buffer."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.agent = agent
+        self.timeline = Timeline(agent.name)
+        self._products = Timeline(f"a product of {agent.name}")
+        self._stores = Timeline(f"a store of {agent.name}")
+        self._loads: dict[Buffer, Timeline] = {}
+
+    def _asynchronous(self, on: Timeline, completion: Completion, in_order: bool) -> tuple[int, Clock]:
+        """(number of the operation on its timeline, what it knows when it begins); sets what its end tells."""
+        number = on.step()
+        known = dict(self.timeline.clock)
+        completion.clock = {**known, on: number}
+        return number, {**known, on: number} if in_order else known
+
+    def _read(self, view: View, on: Timeline, number: int, known: Clock, what: str) -> None:
+        memory = view.buffer.memory
+        assert memory is not None
+        memory.read(Access(on, number, view.span, what, self.agent.sim.now), known)
+
+    def _write(self, view: View, on: Timeline, number: int, known: Clock, what: str) -> None:
+        memory = view.buffer.memory
+        assert memory is not None
+        memory.write(Access(on, number, view.span, what, self.agent.sim.now), known)
+
+    def _round(self, array: Any, dtype: str) -> Any:
+        if not self.agent.cta.rounded:
+            return array
+        from flashsim.numerics.rounding import round_to
+
+        return round_to(array, dtype)
+
+    def load(self, source: HbmTile, into: View, completion: Completion) -> Effect:
+        on = self._loads.setdefault(into.buffer, Timeline(f"a load into {into.buffer.name}"))
+        number, known = self._asynchronous(on, completion, in_order=False)
+        self._write(into, on, number, known, str(completion.what))
+        tensors = self.agent.cta.tensors
+        assert tensors is not None
+        return lambda: into.assign(source.read(tensors))
+
+    def store(self, source: View, into: HbmTile, completion: Completion) -> Effect:
+        tensors = self.agent.cta.tensors
+        assert tensors is not None
+        if source.place == "registers":  # read when issued, as every st instruction does
+            self._read(source, self.timeline, self.timeline.step(), self.timeline.clock, str(completion.what))
+            return lambda: into.write(tensors, self._round(source.numbers(), into.dtype))
+        number, known = self._asynchronous(self._stores, completion, in_order=True)
+        self._read(source, self._stores, number, known, str(completion.what))
+        return lambda: into.write(tensors, source.numbers())
+
+    def gemm(
+        self, a: View, b: View, into: View, accumulate: bool, completion: Completion, asynchronous: bool
+    ) -> Effect:
+        on, known = self.timeline, self.timeline.clock
+        if asynchronous:
+            on = self._products
+            number, known = self._asynchronous(on, completion, in_order=True)
+        else:
+            number = on.step()
+        what = str(completion.what)
+        for operand in (a, b, *((into,) if accumulate else ())):
+            if operand.buffer.ring and not operand.buffer.array[operand.start : operand.start + operand.count].size:
+                raise Hazard(f"{what}: {operand} is empty")
+            self._read(operand, on, number, known, what)
+        self._write(into, on, number, known, what)
+
+        def effect() -> None:
+            product = a.numbers() @ b.numbers()
+            into.assign(self._round(into.numbers() + product if accumulate else product, into.dtype))
+
+        return effect
+
+    def compute(
+        self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]
+    ) -> Effect:
+        """A register operation, ordered by the scoreboard."""
+        from flashsim.numerics.verbs import MAP, REDUCE
+
+        number, known = self.timeline.step(), self.timeline.clock
+        what = f"{verb}({', '.join([op] * bool(op) + [str(v) for v in views])}, into={into})"
+        reads = views + ((into,) if verb == "reduce" else ())
+        for view in reads:
+            self._read(view, self.timeline, number, known, what)
+        self._write(into, self.timeline, number, known, what)
+        scale = self.agent.problem.softmax_scale
+
+        def effect() -> None:
+            import numpy as np
+
+            arrays = [view.numbers() for view in views]
+            if op == "fill":
+                result = np.full(into.shape, operands[0])
+            elif op == "mask":
+                result = np.where(self._allowed(views[0], *operands[1:]), arrays[0], -np.inf)
+            elif verb == "map" and op != "copy":
+                result = MAP[op](arrays[0], arrays[1], scale)
+            elif verb == "reduce":
+                result = REDUCE[op](arrays[0], into.numbers())
+            else:
+                result = arrays[0].copy()
+            into.assign(self._round(result, into.dtype))
+
+        return effect
+
+    def _allowed(self, scores: View, tile: Any, j: int) -> Any:
+        """Which scores of this warpgroup's rows the mask leaves."""
+        import numpy as np
+
+        from flashsim.problem import allowed
+
+        rows, columns = scores.shape
+        first_row = tile.row0 + self.agent.index * rows
+        first_column = tile.block(j) * columns
+        return allowed(self.agent.problem, first_row + np.arange(rows), first_column + np.arange(columns))

@@ -1,0 +1,44 @@
+"""One streaming multiprocessor: its units, and the rates at which they serve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flashsim.engine import Server, Simulation
+from flashsim.machine.costs import Costs, Phase
+from flashsim.machine.memory import Memory
+
+UNITS = ("tensor", "exp", "fma", "alu", "pack", "smem", "tma", "issue", "link")
+
+Draw = Callable[[str, int], int]
+"""Replaces a duration: called with the unit and the ticks that it would take; used to try other latencies."""
+
+
+class SM:
+    """Timing assumption: every unit serves in order of arrival, one operation at a time, at the granularity of the verbs:
+    a wgmma group, one k-step of mma.sync, a quarter of a tile's exponentials, all of a tile's other instructions."""
+
+    def __init__(self, sim: Simulation, costs: Costs, memory: Memory, index: int = 0, draw: Draw | None = None) -> None:
+        self.sim = sim
+        self.costs = costs
+        self.memory = memory
+        self.index = index
+        self.draw = draw
+        self.units = {name: Server(sim, name) for name in UNITS}
+        self.tensor = self.units["tensor"]
+        self.exp = self.units["exp"]
+        self.smem = self.units["smem"]
+        self.tma = self.units["tma"]
+        self.link = self.units["link"]
+        self.phases: dict[object, list[Phase]] = {}
+        """Costs of the batches of register operations seen so far."""
+
+    def serve(self, unit: Server, duration: int) -> int:
+        """Tick at which `unit` ends an operation of `duration` ticks that arrives now."""
+        if self.draw:
+            duration = self.draw(unit.name, duration)
+        return unit.serve(duration)
+
+    def vary(self, kind: str, duration: int) -> int:
+        """`duration`, or what is drawn instead of it."""
+        return self.draw(kind, duration) if self.draw else duration

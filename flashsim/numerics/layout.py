@@ -1,0 +1,100 @@
+"""Checked (batch, seqlen, heads, head_dim) arrays, taken apart into pieces of one head that are small in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from flashsim.errors import InputError
+from flashsim.masks import parse_mask
+
+Float = NDArray[np.float64]
+
+MAX_SCORES = 2**20
+"""Scores held at a time: 8 MiB in float64."""
+
+
+class Inputs(NamedTuple):
+    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) in float64, and the scale of the scores."""
+
+    q: Float
+    k: Float
+    v: Float
+    scale: float
+
+
+class Piece(NamedTuple):
+    """Some rows of one head: q (rows, D), k (Sk, D), v (Sk, Dv), allowed (rows, Sk)."""
+
+    batch: int
+    head: int
+    rows: slice
+    q: Float
+    k: Float
+    v: Float
+    allowed: NDArray[np.bool_]
+
+
+def _as_float64(name: str, given: ArrayLike, problems: list[str]) -> Float:
+    try:
+        array = np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        problems.append(f"{name}: must be an array of numbers, got {type(given).__name__}")
+        return np.empty((0, 0, 0, 0))
+    if array.ndim != 4:
+        problems.append(f"{name}: must have 4 dimensions (batch, seqlen, heads, head_dim), got shape {array.shape}")
+    return array
+
+
+def check_inputs(q: ArrayLike, k: ArrayLike, v: ArrayLike, scale: float | None) -> Inputs:
+    """The arrays as float64; `scale` defaults to 1 / sqrt(D). Batch, lengths and Dv may be 0, heads and D may not.
+
+    Raises InputError with one line per mistake, each naming the argument.
+    """
+    problems: list[str] = []
+    arrays = [_as_float64(name, given, problems) for name, given in (("q", q), ("k", k), ("v", v))]
+    if problems:
+        raise InputError(problems)
+    qa, ka, va = arrays
+    for name, array in (("k", ka), ("v", va)):
+        if array.shape[0] != qa.shape[0]:
+            problems.append(f"{name}: batch {array.shape[0]} differs from {qa.shape[0]} of q")
+    if va.shape[1:3] != ka.shape[1:3]:
+        problems.append(f"v: (seqlen, heads) {va.shape[1:3]} differs from {ka.shape[1:3]} of k")
+    if ka.shape[3] != qa.shape[3]:
+        problems.append(f"k: head_dim {ka.shape[3]} differs from {qa.shape[3]} of q")
+    if qa.shape[3] == 0:
+        problems.append("q: head_dim must be at least 1, got 0")
+    heads_q, heads_kv = qa.shape[2], ka.shape[2]
+    if heads_q == 0:
+        problems.append("q: must have at least 1 head, got 0")
+    if heads_kv == 0 or heads_q % heads_kv:
+        problems.append(f"k: {heads_kv} heads do not divide the {heads_q} of q")
+    if scale is not None and not math.isfinite(scale):
+        problems.append(f"scale: must be finite, got {scale}")
+    if problems:
+        raise InputError(problems)
+    return Inputs(qa, ka, va, qa.shape[3] ** -0.5 if scale is None else float(scale))
+
+
+def pieces(inputs: Inputs, mask: str) -> Iterator[Piece]:
+    """All rows of all heads, a piece at a time; query head h reads KV head h // (Hq / Hkv).
+
+    Raises InputError if `mask` is not one that exists.
+    """
+    rule = parse_mask(mask)
+    batch, seqlen_q, heads_q, _ = inputs.q.shape
+    seqlen_k, heads_kv = inputs.k.shape[1:3]
+    step = max(1, MAX_SCORES // max(1, seqlen_k))
+    cols = np.arange(seqlen_k)
+    for b in range(batch):
+        for h in range(heads_q):
+            kv = h // (heads_q // heads_kv)
+            for start in range(0, seqlen_q, step):
+                rows = slice(start, min(start + step, seqlen_q))
+                visible = rule.allowed(np.arange(rows.start, rows.stop), cols, seqlen_q, seqlen_k)
+                yield Piece(b, h, rows, inputs.q[b, rows, h], inputs.k[b, :, kv], inputs.v[b, :, kv], visible)

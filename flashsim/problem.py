@@ -1,0 +1,261 @@
+"""The attention problem: sizes, FLOP and byte counts, and which KV tiles a Q tile visits.
+
+Tensors are (batch, seqlen, heads, head_dim). Nothing here depends on a GPU or a schedule.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from flashsim.errors import InputError, unknown
+from flashsim.masks import Mask, parse_mask
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+DTYPES = {"fp16": 2, "bf16": 2}
+"""Bytes per element of Q, K, V and O."""
+DIRECTIONS = ("fwd",)
+UNSUPPORTED_DTYPES = ("fp8",)
+UNSUPPORTED_DIRECTIONS = ("bwd", "fwd+bwd")
+
+MAX_SIZE = 2**31 - 1
+"""Largest batch, head count or length: what a kernel's 32-bit index holds."""
+MAX_HEAD_DIM = 512
+LSE_BYTES = 4
+"""LSE is fp32 in every schedule."""
+
+
+def _shown(given: object) -> str:
+    try:
+        text = repr(given)
+    except ValueError:  # an int of more than 4300 digits has no text
+        text = f"a very large {type(given).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _size(name: str, given: object, limit: int, problems: list[str]) -> int:
+    """`given` as int; a line in `problems`, and 0, if it is not a whole number from 1 to `limit`."""
+    try:
+        if isinstance(given, bool):
+            raise TypeError
+        size = operator.index(given)  # type: ignore[arg-type]
+    except TypeError:
+        size = 0
+    if not 1 <= size <= limit:
+        problems.append(f"{name}: got {_shown(given)}, must be a whole number from 1 to {limit}")
+        return 0
+    return size
+
+
+def _check_name(
+    field: str, given: object, allowed: tuple[str, ...], unsupported: tuple[str, ...], problems: list[str]
+) -> None:
+    if not isinstance(given, str):
+        problems.append(f"{field}: must be text, got {type(given).__name__} (allowed: {', '.join(allowed)})")
+    elif given in unsupported:
+        problems.append(f"{field}: {given!r} is not supported (allowed: {', '.join(allowed)})")
+    elif given not in allowed:
+        problems.append(f"{field}: {unknown(field, given, allowed)}")
+
+
+@dataclass(frozen=True, init=False)
+class AttentionProblem:
+    """One attention operation. `heads_kv`, `seqlen_k` and `head_dim_v` default to `heads_q`, `seqlen_q`, `head_dim`.
+
+    Sizes are whole numbers from 1; head dims end at 512, the other sizes at 2**31 - 1; `heads_kv` divides `heads_q`.
+    `dtype` is fp16 or bf16, `mask` full or causal, `direction` fwd, `dropout` 0.
+    Raises InputError with one line per field that is wrong.
+    """
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    mask: str
+    direction: str
+    dropout: float
+
+    def __init__(
+        self,
+        *,
+        batch: int,
+        heads_q: int,
+        seqlen_q: int,
+        head_dim: int,
+        heads_kv: int | None = None,
+        seqlen_k: int | None = None,
+        head_dim_v: int | None = None,
+        dtype: str = "fp16",
+        mask: str = "full",
+        direction: str = "fwd",
+        dropout: float = 0.0,
+    ) -> None:
+        problems: list[str] = []
+        sizes = {
+            name: _size(name, given, limit, problems)
+            for name, given, limit in (
+                ("batch", batch, MAX_SIZE),
+                ("heads_q", heads_q, MAX_SIZE),
+                ("seqlen_q", seqlen_q, MAX_SIZE),
+                ("head_dim", head_dim, MAX_HEAD_DIM),
+            )
+        }
+        for name, given, limit, default in (
+            ("heads_kv", heads_kv, MAX_SIZE, "heads_q"),
+            ("seqlen_k", seqlen_k, MAX_SIZE, "seqlen_q"),
+            ("head_dim_v", head_dim_v, MAX_HEAD_DIM, "head_dim"),
+        ):
+            sizes[name] = sizes[default] if given is None else _size(name, given, limit, problems)
+        if sizes["heads_q"] and sizes["heads_kv"] and sizes["heads_q"] % sizes["heads_kv"]:
+            problems.append(f"heads_kv: got {sizes['heads_kv']}, must divide heads_q = {sizes['heads_q']}")
+        _check_name("dtype", dtype, tuple(DTYPES), UNSUPPORTED_DTYPES, problems)
+        try:
+            parse_mask(mask)
+        except InputError as error:
+            problems += error.problems
+        _check_name("direction", direction, DIRECTIONS, UNSUPPORTED_DIRECTIONS, problems)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or dropout != 0:
+            problems.append(f"dropout: got {_shown(dropout)}, must be 0 (dropout is not supported)")
+        if problems:
+            raise InputError(problems)
+        for name, value in (*sizes.items(), ("dtype", dtype), ("mask", mask), ("direction", direction)):
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "dropout", 0.0)
+
+    @property
+    def mask_rule(self) -> Mask:
+        """What `mask` names."""
+        return parse_mask(self.mask)
+
+    @property
+    def heads_per_kv(self) -> int:
+        """Query heads that share a KV head: query head h reads KV head h // heads_per_kv (GQA; 1 is MHA)."""
+        return self.heads_q // self.heads_kv
+
+    @property
+    def softmax_scale(self) -> float:
+        """1 / sqrt(head_dim)."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one element of Q, K, V and O."""
+        return DTYPES[self.dtype]
+
+    @property
+    def pairs(self) -> float:
+        """P, the (query, key) pairs per head that FLOP counts use: seqlen_q * seqlen_k for full,
+        seqlen_q * (max(0, seqlen_k - seqlen_q) + seqlen_k) / 2 for causal (a convention: it may be half an odd number).
+        """
+        return self.mask_rule.twice_counted_pairs(self.seqlen_q, self.seqlen_k) / 2
+
+    @property
+    def allowed_pairs(self) -> int:
+        """Exact number of (query, key) pairs per head that are not masked."""
+        return self.mask_rule.allowed_pairs(self.seqlen_q, self.seqlen_k)
+
+    @property
+    def flops(self) -> int:
+        """2 * batch * heads_q * pairs * (head_dim + head_dim_v), exact."""
+        twice = self.mask_rule.twice_counted_pairs(self.seqlen_q, self.seqlen_k)
+        return self.batch * self.heads_q * twice * (self.head_dim + self.head_dim_v)
+
+    @property
+    def tensor_bytes(self) -> dict[str, int]:
+        """Bytes of each tensor: q, k, v, o in the problem's dtype, lse in fp32."""
+        q_rows = self.batch * self.heads_q * self.seqlen_q
+        kv_rows = self.batch * self.heads_kv * self.seqlen_k
+        return {
+            "q": q_rows * self.head_dim * self.element_bytes,
+            "k": kv_rows * self.head_dim * self.element_bytes,
+            "v": kv_rows * self.head_dim_v * self.element_bytes,
+            "o": q_rows * self.head_dim_v * self.element_bytes,
+            "lse": q_rows * LSE_BYTES,
+        }
+
+    @property
+    def min_hbm_bytes(self) -> int:
+        """Least HBM traffic: Q, K, V read once, O and LSE written once. By tensor: `tensor_bytes`."""
+        return sum(self.tensor_bytes.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory that the tensors occupy together."""
+        return sum(self.tensor_bytes.values())
+
+
+@dataclass(frozen=True, slots=True)
+class KVWalk:
+    """The KV tiles that one Q tile visits, from block `first` downwards, as FlashAttention-2 and -3 walk.
+
+    The `partial` tiles that need masking come first, the whole ones after them. No tile: first -1, count 0.
+    Iterating gives (block, is_partial).
+    """
+
+    first: int
+    count: int
+    partial: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[int, bool]]:
+        return ((self.first - step, step < self.partial) for step in range(self.count))
+
+    def block(self, step: int) -> int:
+        """Block index of the tile visited at `step`, 0 <= step < count."""
+        return self.first - step
+
+    def is_partial(self, step: int) -> bool:
+        """Whether the tile visited at `step` needs masking."""
+        return step < self.partial
+
+
+def num_q_tiles(problem: AttentionProblem, BLOCK_M: int) -> int:
+    """Q tiles of one head, the last one possibly short."""
+    return -(-problem.seqlen_q // BLOCK_M)
+
+
+def kv_tiles(problem: AttentionProblem, m_block: int, BLOCK_M: int, BLOCK_N: int) -> KVWalk:
+    """The KV tiles that Q tile `m_block` of a head visits: those with at least one allowed pair, last to first.
+
+    A tile is partial if a row of the Q tile below `seqlen_q` does not see a column of it, the columns past `seqlen_k`
+    included. Both masks see a prefix of the keys that grows with the row, so partial tiles always come first.
+    Raises ValueError if there is no such Q tile.
+    """
+    first_row = m_block * BLOCK_M
+    if not 0 <= first_row < problem.seqlen_q:
+        raise ValueError(f"m_block {m_block} with BLOCK_M {BLOCK_M} is outside of seqlen_q {problem.seqlen_q}")
+    last_row = min(first_row + BLOCK_M, problem.seqlen_q) - 1
+    mask = problem.mask_rule
+    count = -(-mask.stop(last_row, problem.seqlen_q, problem.seqlen_k) // BLOCK_N)
+    whole = mask.stop(first_row, problem.seqlen_q, problem.seqlen_k) // BLOCK_N
+    return KVWalk(first=count - 1, count=count, partial=count - whole)
+
+
+def flops_executed(problem: AttentionProblem, BLOCK_M: int, BLOCK_N: int) -> int:
+    """FLOPs of all tiles visited, each counted whole: 2 * BLOCK_M * BLOCK_N * (head_dim + head_dim_v).
+
+    Takes one step per Q tile of a head.
+    """
+    tiles = sum(kv_tiles(problem, m, BLOCK_M, BLOCK_N).count for m in range(num_q_tiles(problem, BLOCK_M)))
+    return problem.batch * problem.heads_q * tiles * 2 * BLOCK_M * BLOCK_N * (problem.head_dim + problem.head_dim_v)
+
+
+def allowed(problem: AttentionProblem, rows: NDArray[np.integer], cols: NDArray[np.integer]) -> NDArray[np.bool_]:
+    """Boolean (len(rows), len(cols)): may query `rows[i]` see key `cols[j]`? Both are 1-D.
+
+    Columns >= seqlen_k are never allowed. Rows >= seqlen_q, which pad the last Q tile, follow the mask's formula.
+    """
+    import numpy as np
+
+    return problem.mask_rule.allowed(np.asarray(rows), np.asarray(cols), problem.seqlen_q, problem.seqlen_k)

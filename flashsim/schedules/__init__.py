@@ -1,0 +1,67 @@
+"""The algorithms, one file each: nothing but order. `verbs` has what they can say, `base` what a schedule is."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+
+from flashsim.errors import InputError, unknown
+from flashsim.schedules.base import Grid, Kernel, Role, Schedule, Switch, switch
+
+BUILT_IN = {"standard": "Standard", "fa2": "FA2", "fa3": "FA3"}
+"""File name to class name."""
+
+__all__ = ["Grid", "Kernel", "Role", "Schedule", "Switch", "load_schedule", "schedule_names", "switch"]
+
+
+def schedule_names() -> tuple[str, ...]:
+    """The built-in schedules."""
+    return tuple(BUILT_IN)
+
+
+def load_schedule(name: str) -> type[Schedule]:
+    """The schedule class called `name`, or the one in a file: `path/to/file.py:Class` (`:Class` if there are several).
+
+    A schedule file is code: loading it runs it. Raises InputError for an unknown name, a file that cannot be read or
+    run, and a class that is not a Schedule.
+    """
+    if name in BUILT_IN:
+        module = importlib.import_module(f"flashsim.schedules.{name}")
+        found = getattr(module, BUILT_IN[name])
+        assert issubclass(found, Schedule)
+        return found
+    path, _, class_name = name.partition(".py:")
+    if class_name:
+        path += ".py"
+    if not path.endswith(".py"):
+        raise InputError(unknown("schedule", name, [*BUILT_IN, "path/to/file.py:Class"]))
+    return _from_file(Path(path), class_name)
+
+
+def _from_file(path: Path, class_name: str) -> type[Schedule]:
+    if not path.is_file():
+        raise InputError(f"schedule file {path} does not exist")
+    module_name = f"flashsim_user_schedule_{path.stem}"
+    spec = importlib.util.spec_from_file_location(module_name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module_name] = module  # dataclasses look their module up by name
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"schedule file {path} cannot be run: {type(error).__name__}: {error}") from None
+    own = {
+        key: value
+        for key, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Schedule) and value.__module__ == module_name
+    }
+    if class_name:
+        if class_name not in own:
+            raise InputError(f"{path}: {unknown('schedule class', class_name, own)}")
+        return own[class_name]
+    if len(own) != 1:
+        raise InputError(f"{path} has {len(own)} schedule classes ({', '.join(own) or 'none'}); name one: {path}:Class")
+    return next(iter(own.values()))

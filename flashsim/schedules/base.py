@@ -1,0 +1,190 @@
+"""What a schedule is: switches, a list of kernels, and for each kernel its roles, its shared memory and its grid."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
+
+from flashsim.errors import InputError, unknown
+from flashsim.problem import AttentionProblem
+from flashsim.schedules.verbs import CTA, Program, Registers, Warpgroup
+
+OTHER_REGISTERS = 24
+"""Registers a thread needs beside its tiles: addresses, loop counters, row statistics in flight. Assumed: it lets every
+tile that the published kernels ship pass, and their next larger one not."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """Warpgroups of one CTA that run the same program."""
+
+    name: str
+    program: Callable[[Warpgroup, Any, Any], Program]
+    """Called with the warpgroup, what `Kernel.shared` returned, and what `registers` returned."""
+    count: int = 1
+    warps: int = 4
+    registers: Callable[[Registers], Any] | None = None
+    """Declares the register tiles of one warpgroup."""
+    registers_per_thread: int = 255
+    """The limit that the kernel sets, by launch bounds or by `setmaxnreg`."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which CTA works on which tile, and when.
+
+    order: `rows` walks the blocks of queries of one head, then the next head (CUDA's block order with x the query
+    block); `longest_first` walks, within a section of as many heads as the L2 holds, all heads' longest blocks first.
+    launch: `cta` starts one CTA for each tile, when an SM has room; `static` starts as many CTAs as fit and gives CTA i
+    the tiles i, i + n, ...; `dynamic` gives the next tile to whichever of them asks first.
+    """
+
+    order: Literal["rows", "longest_first"] = "rows"
+    launch: Literal["cta", "static", "dynamic"] = "cta"
+    section_byte: int = 0
+    """For `longest_first`: K and V bytes of a section of heads."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch."""
+
+    name: str
+    roles: tuple[Role, ...]
+    shared: Callable[[CTA], Any]
+    grid: Grid
+    BLOCK_M: int
+    BLOCK_N: int
+    mma: Literal["mma.sync", "wgmma"]
+    copy: Literal["cp.async", "tma"]
+    cluster: int = 1
+    """CTAs that load K and V together, each a part, by multicast."""
+    overhead_instructions: int = 0
+    """Warp instructions a KV tile costs beside those that the verbs stand for: addresses, predicates, the loop."""
+    start_clk: int | None = None
+    """Cycles from the start of a CTA to its first statement; None: the device's."""
+
+
+@dataclass(frozen=True)
+class Switch:
+    """One option of a schedule, as `flashsim schedules` lists it."""
+
+    name: str
+    type_name: str
+    default: Any
+    choices: tuple[str, ...]
+    help: str
+
+
+def switch(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """Declare an option as a dataclass field. Default None: decided by `Schedule.defaults`."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Base of all schedules: a frozen dataclass whose fields are its switches."""
+
+    title: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    directions: ClassVar[tuple[str, ...]] = ("fwd",)
+    masks: ClassVar[tuple[str, ...]] = ("full", "causal")
+    dtypes: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
+    architectures: ClassVar[tuple[str, ...]] = ("ampere", "ada", "hopper")
+
+    BLOCK_M: int = switch(None, "query rows of a CTA's tile")
+    BLOCK_N: int = switch(None, "keys of a KV tile")
+
+    def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
+        """The launches of one call, in order."""
+        raise NotImplementedError
+
+    def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
+        """Values for the switches that were left at None."""
+        raise NotImplementedError
+
+    def complaints(self, problem: AttentionProblem) -> list[str]:
+        """What is wrong with this combination of switches, one line each."""
+        return []
+
+    @classmethod
+    def name(cls) -> str:
+        """How the command line calls it."""
+        return cls.__name__.lower()
+
+    @classmethod
+    def switches(cls) -> tuple[Switch, ...]:
+        """All options, in the order of their declaration."""
+        types = typing.get_type_hints(cls)
+        return tuple(
+            Switch(f.name, _type_name(types[f.name]), f.default, f.metadata["choices"], f.metadata["help"])
+            for f in dataclasses.fields(cls)
+        )
+
+    @classmethod
+    def configure(cls, problem: AttentionProblem, architecture: str, options: Mapping[str, Any]) -> Self:
+        """The schedule with `options` (values or text) set and the rest decided.
+
+        Raises InputError with everything that does not fit: unknown switches, values of the wrong type, a mask,
+        direction, dtype or architecture that the schedule has not.
+        """
+        problems = [
+            f"schedule {cls.name()} has no {kind} {given!r} (it has: {', '.join(has)})"
+            for kind, given, has in (
+                ("direction", problem.direction, cls.directions),
+                ("mask", problem.mask, cls.masks),
+                ("dtype", problem.dtype, cls.dtypes),
+            )
+            if str(given) not in has
+        ]
+        if architecture not in cls.architectures:
+            problems.append(
+                f"schedule {cls.name()} does not run on {architecture} (it runs on: {', '.join(cls.architectures)})"
+            )
+        switches = {s.name: s for s in cls.switches()}
+        values: dict[str, Any] = {}
+        for key, given in options.items():
+            if key not in switches:
+                problems.append(unknown(f"switch of {cls.name()}", key, switches))
+                continue
+            try:
+                values[key] = _parse(switches[key], given)
+            except ValueError as error:
+                problems.append(f"switch {key} of {cls.name()}: {error}")
+        if problems:
+            raise InputError(problems)
+        asked = cls(**values)
+        for key, value in asked.defaults(problem, architecture).items():
+            if getattr(asked, key) is None:
+                values[key] = value
+        schedule = cls(**values)
+        if complaints := schedule.complaints(problem):
+            raise InputError([f"schedule {cls.name()}: {line}" for line in complaints])
+        return schedule
+
+    def options(self) -> dict[str, Any]:
+        """All switches with their values."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+
+def _type_name(annotation: Any) -> str:
+    return str(annotation.__name__)
+
+
+def _parse(switch: Switch, given: Any) -> Any:
+    """Raises ValueError with what was given and what is allowed."""
+    text = str(given).strip()
+    if switch.type_name == "bool":
+        if text.lower() not in ("true", "false"):
+            raise ValueError(f"{text!r} is neither true nor false")
+        return text.lower() == "true"
+    if switch.type_name == "int":
+        if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= 4096:
+            raise ValueError(f"{text!r} is not a whole number from 1 to 4096")
+        return int(text)
+    if text not in switch.choices:
+        raise ValueError(unknown("value", text, switch.choices))
+    return text

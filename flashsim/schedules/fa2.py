@@ -1,0 +1,138 @@
+"""FlashAttention-2, forward (Dao, arXiv 2307.08691, algorithm 1).
+
+One CTA for each block of queries, an inner loop over the K/V blocks, each warp with its own query rows. There is no
+producer: the warps that compute also issue the loads (cp.async), one K and one V buffer, and mma.sync products are
+awaited. What overlaps is one CTA with another on the same SM.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from flashsim.problem import AttentionProblem
+from flashsim.schedules.base import Grid, Kernel, Role, Schedule
+from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
+from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Sync, Warpgroup
+
+OTHER_INSTRUCTIONS = 60
+"""Per KV tile, beside those of the verbs: counted in the compiled loop of flash_fwd_kernel.h, about 60."""
+
+
+@dataclass
+class Shared:
+    """What the warpgroups of one CTA share."""
+
+    Q: Operand
+    K: Operand
+    V: Operand
+    everybody: Sync
+
+
+@dataclass
+class Fragments:
+    """The register tiles of one warpgroup."""
+
+    S: Operand
+    P: Operand
+    O: Operand  # noqa: E741 - the paper's name
+    stats: Statistics
+
+
+def tile_size(head_dim: int, architecture: str) -> tuple[int, int, int]:
+    """(BLOCK_M, BLOCK_N, warps) as csrc/flash_attn/src/flash_fwd_launch_template.h has them, without dropout."""
+    if head_dim <= 64:
+        return 128, 128, 4
+    if head_dim <= 128:
+        return (64, 64, 4) if architecture == "ada" else (128, 64, 4)
+    if head_dim <= 192:
+        return 128, 64, 8
+    return (64, 64, 4) if architecture in ("ada", "hopper") else (128, 64, 8)
+
+
+@dataclass(frozen=True)
+class FA2(Schedule):
+    """FlashAttention-2 forward, fp16 and bf16, Ampere, Ada and Hopper."""
+
+    title = "FlashAttention-2 forward: mma.sync and cp.async, no warp specialization"
+    source = "arXiv 2307.08691, algorithm 1; Dao-AILab/flash-attention csrc/flash_attn/src/flash_fwd_kernel.h"
+
+    def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
+        rows, keys, _ = tile_size(max(problem.head_dim, problem.head_dim_v), architecture)
+        return {"BLOCK_M": rows, "BLOCK_N": keys}
+
+    def complaints(self, problem: AttentionProblem) -> list[str]:
+        lines = []
+        if self.BLOCK_M not in (64, 128, 256):
+            lines.append(f"BLOCK_M = {self.BLOCK_M}, allowed are 64, 128, 256: 16 or 32 rows for each of 4 or 8 warps")
+        if self.BLOCK_N % 16 or not 16 <= self.BLOCK_N <= 256:
+            lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are the multiples of 16 from 16 to 256 (k of one mma)")
+        return lines
+
+    def warpgroups(self, problem: AttentionProblem) -> int:
+        """4 warps, or 8 where a row of O fills so many registers that a warp cannot have 32 rows."""
+        wide = max(problem.head_dim, problem.head_dim_v) > 128
+        return max(1, self.BLOCK_M // (64 if wide else 128))
+
+    def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
+        role = Role("warps", self.program, self.warpgroups(problem), registers=self.registers)
+        return (
+            Kernel(
+                name="fa2_fwd",
+                roles=(role,),
+                shared=self.shared,
+                grid=Grid("rows", "cta"),
+                BLOCK_M=self.BLOCK_M,
+                BLOCK_N=self.BLOCK_N,
+                mma="mma.sync",
+                copy="cp.async",
+                overhead_instructions=OTHER_INSTRUCTIONS,
+            ),
+        )
+
+    def shared(self, cta: CTA) -> Shared:
+        p = cta.problem
+        return Shared(
+            Q=cta.slot("Q", (self.BLOCK_M, p.head_dim)),
+            K=cta.slot("K", (self.BLOCK_N, p.head_dim)),
+            V=cta.slot("V", (self.BLOCK_N, p.head_dim_v)),
+            everybody=cta.sync("everybody", self.warpgroups(p)),
+        )
+
+    def registers(self, regs: Registers) -> Fragments:
+        rows = self.BLOCK_M // self.warpgroups(regs.problem)
+        S = regs.tile("S", (rows, self.BLOCK_N))
+        return Fragments(
+            S=S,
+            P=regs.tile("P", (rows, self.BLOCK_N), regs.problem.dtype, over=S),
+            O=regs.tile("O", (rows, regs.problem.head_dim_v)),
+            stats=Statistics.declare(regs, rows),
+        )
+
+    def program(self, wg: Warpgroup, s: Shared, r: Fragments) -> Program:
+        """Algorithm 1. Each warpgroup loads its share of the rows of Q, K and V, and computes its own rows of O."""
+        groups = self.warpgroups(wg.problem)
+        rows, keys = self.BLOCK_M // groups, self.BLOCK_N // groups
+        for tile in wg.tiles():
+            my_rows, my_keys = (wg.index * rows, rows), (wg.index * keys, keys)
+            start(wg, r.O, r.stats)  # 5
+            if tile.count:
+                q = wg.load(tile.Q.rows(*my_rows), into=s.Q.rows(*my_rows))  # 4
+                k = wg.load(tile.K(tile.first).rows(*my_keys), into=s.K.rows(*my_keys))
+                yield q
+            for j in wg.kv_tiles(tile):  # 6
+                yield k  # 7
+                yield s.everybody.wait()  # everyone's part of K_j is there, and nobody reads V_{j-1} any more
+                v = wg.load(tile.V(j).rows(*my_keys), into=s.V.rows(*my_keys))
+                yield wg.gemm(s.Q.rows(*my_rows), s.K.T, into=r.S)  # 8: S = Q K_j^T
+                yield v
+                yield s.everybody.wait()  # everyone's part of V_j is there, and nobody reads K_j any more
+                if j < tile.last:
+                    k = wg.load(tile.K(j + 1).rows(*my_keys), into=s.K.rows(*my_keys))
+                online_softmax(wg, r.S, r.stats, tile, j, masked=tile.partial(j))  # 9
+                rescale(wg, r.O, r.stats)
+                wg.convert(r.S, into=r.P)
+                yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)  # 10: O = diag(alpha) O + P V_j
+            finish(wg, r.O, r.stats)  # 12, 13
+            wg.store(r.O, into=tile.O.rows(*my_rows))  # 14
+            wg.store(r.stats.l, into=tile.LSE.rows(*my_rows))  # 15

@@ -1,0 +1,279 @@
+"""FlashAttention-3, forward (Shah et al., arXiv 2407.08608, algorithms 1 and 2).
+
+One producer keeps rings of K and V tiles full by TMA; consumer warpgroups of 64 query rows each compute on them. Two
+overlaps hide the softmax: inside a warpgroup, S_next = Q K_j^T and O += P V_{j-1} are issued together and the softmax of
+S_next runs under the second product; between warpgroups, a turn on the tensor cores is handed round (ping-pong).
+
+`build` is the code that was measured: 2024-07 (commit 7f67966c, the paper's) or 2025-01 (the refactored hopper/ folder).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from flashsim.problem import AttentionProblem
+from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
+from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
+from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Ring, Sync, Turn, Warpgroup, WorkTile
+
+L2_SECTION_BYTE = 32 << 20
+"""K and V of the heads that the longest-first order works on at a time (hopper/tile_scheduler.hpp: 32 MiB of L2)."""
+
+
+@dataclass
+class Shared:
+    """What the warpgroups of one CTA share."""
+
+    Q: Ring
+    K: Ring
+    V: Ring
+    O: Ring  # noqa: E741 - the paper's name; lies over V
+    P: list[Operand]
+    turn: Turn
+    consumers: Sync
+
+
+@dataclass
+class Fragments:
+    """The register tiles of one consumer."""
+
+    S: Operand
+    P: Operand | None
+    O: Operand  # noqa: E741
+    stats: Statistics
+
+
+def tile_size(head_dim: int, causal: bool, build: str) -> tuple[int, int, bool]:
+    """(BLOCK_M, BLOCK_N, P through shared memory) as hopper/tile_size.h has them; 2024-07 differs at head dim 64."""
+    if head_dim <= 64:
+        return (192, 128, False) if causal or build == "2024-07" else (192, 192, True)
+    if head_dim <= 96:
+        return (192, 128, False) if causal else (192, 144, False)
+    if head_dim <= 128:
+        return (128, 128, False) if causal else (128, 176, False)
+    if head_dim <= 192:
+        return (128, 112, False)
+    return (128, 80, False)
+
+
+@dataclass(frozen=True)
+class FA3(Schedule):
+    """FlashAttention-3 forward, fp16 and bf16, Hopper."""
+
+    title = "FlashAttention-3 forward: warp specialization, ping-pong, GEMM-softmax overlap"
+    source = "arXiv 2407.08608, algorithms 1 and 2; Dao-AILab/flash-attention hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp"
+    architectures = ("hopper",)
+
+    build: str = switch("2025-01", "the published code that is simulated", ("2024-07", "2025-01"))
+    num_stages: int = switch(2, "slots of the K ring and of the V ring")
+    warp_specialized: bool = switch(True, "loads by a producer, not by the consumers")
+    pingpong: bool = switch(None, "warpgroups take turns on the tensor cores")
+    intra_wg_overlap: bool = switch(True, "softmax of one tile under the PV product of the tile before")
+    persistent: bool = switch(None, "as many CTAs as fit, each with many tiles")
+    P_in_shared: bool = switch(None, "P goes to the PV product through shared memory, not registers")
+
+    def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
+        d, causal = max(problem.head_dim, problem.head_dim_v), problem.mask == "causal"
+        rows, keys, in_shared = tile_size(d, causal, self.build)
+        consumers = (self.BLOCK_M or rows) // 64
+        return {
+            "BLOCK_M": rows,
+            "BLOCK_N": keys,
+            "P_in_shared": in_shared,
+            "pingpong": (consumers >= 2 and d <= 128) if self.intra_wg_overlap else consumers == 2,
+            "persistent": self.warp_specialized,
+        }
+
+    def complaints(self, problem: AttentionProblem) -> list[str]:
+        lines = []
+        if self.BLOCK_M not in (64, 128, 192):
+            lines.append(f"BLOCK_M = {self.BLOCK_M}, allowed are 64, 128, 192: 64 rows for each of 1 to 3 consumers")
+        if self.BLOCK_N % 8 or not 16 <= self.BLOCK_N <= 256:
+            lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are the multiples of 8 from 16 to 256 (n of one wgmma)")
+        if self.num_stages > 8:
+            lines.append(f"num_stages = {self.num_stages}, allowed are 1 to 8")
+        if self.persistent and not self.warp_specialized:
+            lines.append("persistent needs warp_specialized: the producer is what prefetches the next tile")
+        return lines
+
+    def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
+        causal, consumers = problem.mask == "causal", self.BLOCK_M // 64
+        q_tiles = -(-problem.seqlen_q // self.BLOCK_M)
+        multicast = not causal and problem.head_dim >= 128 and (self.build == "2024-07" or q_tiles % 2 == 0)
+        # Registers of (consumers, producer) by the number of consumers, as the code sets them with setmaxnreg.
+        limit, producer_limit = {1: (255, 56), 2: (240, 24), 3: (160, 32)}[consumers]
+        # The code of 2024-07 spends a warpgroup on the producer; in both, one of its threads issues the loads.
+        producer = Role("producer", self.producer, warps=4, registers_per_thread=producer_limit)
+        consumer = Role("consumer", self.consumer, consumers, registers=self.registers, registers_per_thread=limit)
+        order = Grid("longest_first", "dynamic", L2_SECTION_BYTE) if causal else Grid("rows", "static")
+        return (
+            Kernel(
+                name="fa3_fwd",
+                roles=(producer, consumer) if self.warp_specialized else (consumer,),
+                shared=self.shared,
+                grid=order if self.persistent else Grid("rows", "cta"),
+                BLOCK_M=self.BLOCK_M,
+                BLOCK_N=self.BLOCK_N,
+                mma="wgmma",
+                copy="tma",
+                cluster=2 if multicast else 1,
+            ),
+        )
+
+    def shared(self, cta: CTA) -> Shared:
+        p, consumers = cta.problem, self.BLOCK_M // 64
+        V = cta.ring("V", (self.BLOCK_N, p.head_dim_v), self.num_stages, consumers)
+        return Shared(
+            Q=cta.ring("Q", (self.BLOCK_M, p.head_dim), 1, consumers),
+            K=cta.ring("K", (self.BLOCK_N, p.head_dim), self.num_stages, consumers),
+            V=V,
+            O=cta.overlay("O", (self.BLOCK_M, p.head_dim_v), 1, over=V),
+            P=[cta.slot(f"P{i}", (64, self.BLOCK_N)) for i in range(consumers if self.P_in_shared else 0)],
+            turn=cta.turn("turn", consumers if self.pingpong else 0),
+            consumers=cta.sync("consumers", consumers),
+        )
+
+    def registers(self, regs: Registers) -> Fragments:
+        return Fragments(
+            S=regs.tile("S", (64, self.BLOCK_N)),
+            P=None if self.P_in_shared else regs.tile("P", (64, self.BLOCK_N), regs.problem.dtype),
+            O=regs.tile("O", (64, regs.problem.head_dim_v)),
+            stats=Statistics.declare(regs, 64),
+        )
+
+    def producer(self, warp: Warpgroup, s: Shared, _: Any) -> Program:
+        """Algorithm 1, lines 2 to 10. K runs one tile ahead of V, since a consumer wants K_j before V_{j-1}."""
+        for tile in warp.tiles():
+            for j in warp.kv_tiles(tile):
+                yield s.K.empty(j)  # 7: until stage j mod s is consumed
+                warp.load(tile.K(j), into=s.K[j])  # 8: issue; 9: the slot is full when the load has landed
+                if j == tile.first:
+                    yield s.Q.empty(tile.index)
+                    warp.load(tile.Q, into=s.Q[tile.index])  # 4
+                    yield s.O.empty(tile.index)  # the O of the tile before has left the memory that V needs
+                else:
+                    yield s.V.empty(j - 1)
+                    warp.load(tile.V(j - 1), into=s.V[j - 1])
+            if tile.count:
+                yield s.V.empty(tile.last)
+                warp.load(tile.V(tile.last), into=s.V[tile.last])
+
+    def consumer(self, wg: Warpgroup, s: Shared, r: Fragments) -> Program:
+        """Algorithm 1, lines 11 to 25, one work tile after the other."""
+        for tile in wg.tiles():
+            start(wg, r.O, r.stats)
+            if tile.count:
+                yield from self.first_loads(wg, s, tile)
+                yield from self.attend(wg, s, r, tile) if self.intra_wg_overlap else self.attend_in_order(wg, s, r, tile)
+                yield from self.write_output(wg, s, r, tile)
+            else:  # every key is masked: 0 and -inf
+                finish(wg, r.O, r.stats)
+                wg.store(r.O, into=tile.O.rows(64 * wg.index, 64))
+                wg.store(r.stats.l, into=tile.LSE.rows(64 * wg.index, 64))
+
+    def attend(self, wg: Warpgroup, s: Shared, r: Fragments, tile: WorkTile) -> Program:
+        """Algorithm 2: the softmax of one KV tile runs under the PV product of the tile before."""
+        first_in_turn = self.build == "2024-07"
+        rescale_early = self.build == "2024-07" or wg.problem.head_dim > 128
+        Q, P = s.Q[tile.index].rows(64 * wg.index, 64), r.P or s.P[wg.index]
+        j = tile.first
+        yield s.Q.full(tile.index)  # 3
+        yield s.K.full(j)
+        if first_in_turn:
+            yield s.turn.wait()
+        qk = wg.gemm(Q, s.K[j].T, into=r.S)  # 4: S_cur = Q K_0^T
+        if first_in_turn:
+            s.turn.pass_on()
+        yield qk
+        s.K.release(j)  # 5
+        yield from self.refill(wg, s, tile, s.K, tile.K, j)
+        online_softmax(wg, r.S, r.stats, tile, j, masked=True)  # 6: the code always masks the first tile
+        wg.convert(r.S, into=P)
+        for j in wg.kv_tiles(tile, start=1):  # 7
+            yield s.K.full(j)  # 8
+            yield s.turn.wait()
+            qk = wg.gemm(Q, s.K[j].T, into=r.S)  # 9: S_next = Q K_j^T, issued and not awaited
+            if rescale_early:
+                rescale(wg, r.O, r.stats)
+            yield s.V.full(j - 1)  # 10
+            pv = wg.gemm(P, s.V[j - 1], into=r.O, accumulate=True)  # 11: O += P_cur V_{j-1}, issued and not awaited
+            s.turn.pass_on()
+            yield qk  # 12
+            s.K.release(j)
+            yield from self.refill(wg, s, tile, s.K, tile.K, j)
+            online_softmax(wg, r.S, r.stats, tile, j, masked=tile.partial(j))  # 13: runs under 11
+            yield pv  # 14
+            s.V.release(j - 1)  # 15
+            yield from self.refill(wg, s, tile, s.V, tile.V, j - 1)
+            wg.convert(r.S, into=P)  # 16: P_cur = P_next
+            if not rescale_early:
+                rescale(wg, r.O, r.stats)  # 14
+        s.Q.release(tile.index)
+        if rescale_early:
+            rescale(wg, r.O, r.stats)
+        yield s.V.full(tile.last)  # 18
+        yield wg.gemm(P, s.V[tile.last], into=r.O, accumulate=True)  # 19
+        s.V.release(tile.last)
+
+    def attend_in_order(self, wg: Warpgroup, s: Shared, r: Fragments, tile: WorkTile) -> Program:
+        """Algorithm 1, lines 14 to 23: one product at a time; the PV of one tile and the QK of the next share a turn."""
+        Q, P = s.Q[tile.index].rows(64 * wg.index, 64), r.P or s.P[wg.index]
+        yield s.Q.full(tile.index)  # 14
+        yield s.turn.wait()
+        for j in wg.kv_tiles(tile):  # 15
+            yield s.K.full(j)  # 16
+            qk = wg.gemm(Q, s.K[j].T, into=r.S)  # 17
+            s.turn.pass_on()
+            yield qk
+            s.K.release(j)
+            yield from self.refill(wg, s, tile, s.K, tile.K, j)
+            online_softmax(wg, r.S, r.stats, tile, j, masked=j == tile.first or tile.partial(j))  # 18, 19
+            wg.convert(r.S, into=P)
+            rescale(wg, r.O, r.stats)
+            yield s.V.full(j)  # 20
+            yield s.turn.wait()
+            yield wg.gemm(P, s.V[j], into=r.O, accumulate=True)  # 21
+            s.V.release(j)  # 22
+            yield from self.refill(wg, s, tile, s.V, tile.V, j)
+        s.turn.pass_on()
+        s.Q.release(tile.index)
+
+    def write_output(self, wg: Warpgroup, s: Shared, r: Fragments, tile: WorkTile) -> Program:
+        """Lines 24 and 25: normalize; O goes to HBM through the shared memory of V, by one TMA store."""
+        finish(wg, r.O, r.stats)
+        wg.store(r.stats.l, into=tile.LSE.rows(64 * wg.index, 64))
+        O = s.O[tile.index]  # noqa: E741
+        yield s.consumers.wait()  # nobody reads V any more
+        wg.convert(r.O, into=O.rows(64 * wg.index, 64))
+        yield s.consumers.wait()  # all of O is there
+        if wg.index == self.BLOCK_M // 64 - 1:
+            yield wg.store(O, into=tile.O)
+            s.O.release(tile.index)
+
+    def first_loads(self, wg: Warpgroup, s: Shared, tile: WorkTile) -> Program:
+        """Without a producer: the first consumer fills the rings before anyone starts."""
+        if self.warp_specialized or wg.index:
+            return
+        wg.load(tile.Q, into=s.Q[tile.index])
+        for j in range(tile.first, min(tile.first + self.num_stages, tile.last + 1)):
+            yield s.K.empty(j)
+            wg.load(tile.K(j), into=s.K[j])
+            yield s.V.empty(j)
+            wg.load(tile.V(j), into=s.V[j])
+
+    def refill(
+        self, wg: Warpgroup, s: Shared, tile: WorkTile, ring: Ring, source: Callable[[int], Operand], j: int
+    ) -> Program:
+        """Without a producer: once all consumers have released item j, the first one loads the item that follows there.
+
+        No public kernel has warp specialization off; this is the smallest change that makes one (assumed).
+        """
+        if self.warp_specialized:
+            return
+        yield s.consumers.wait()
+        following = j + self.num_stages
+        if wg.index == 0 and following <= tile.last:
+            yield ring.empty(following)
+            wg.load(source(following), into=ring[following])
