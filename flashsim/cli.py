@@ -74,12 +74,11 @@ def _complain(lines: Iterable[str], code: int) -> int:
 def _usage(error: Exception) -> str:
     """A usage error in one line, with the nearest name."""
     context: Any = getattr(error, "ctx", None)
-    if option := getattr(error, "option_name", None):
+    if context is not None and type(error).__name__ == "NoSuchOption":
         names = [name for parameter in context.command.params for name in parameter.opts if name.startswith("--")]
-        if option not in names:
-            return unknown("option", option, [*names, "--help"])
+        return unknown("option", getattr(error, "option_name", ""), [*names, "--help"])
     message = str(getattr(error, "format_message", lambda: error)())
-    if command := re.match(r"No such command '(.*?)'", message):
+    if context is not None and (command := re.match(r"No such command '(.*?)'", message)):
         return unknown("command", command[1], context.command.commands)
     return " ".join(message.split())
 
@@ -91,16 +90,17 @@ def _write_json(value: object) -> None:
 
 
 def _show(*parts: Any) -> None:
-    """Lines and tables. In a pipe, and where numbers would be cut, tables are as wide as their text."""
+    """Lines and tables. On a terminal tables fill its width, in a pipe they are as wide as their text."""
     from rich.console import Console
-    from rich.table import Table
 
-    console = Console(markup=False, emoji=False, highlight=False, width=None if sys.stdout.isatty() else 10_000)
+    terminal = sys.stdout.isatty()
+    console = Console(markup=False, emoji=False, highlight=False, width=None if terminal else 10_000)
     for part in parts:
-        if isinstance(part, Table) and console.measure(part).minimum > console.width:
-            console.print(part, width=10_000, crop=False, soft_wrap=True)
-        else:
-            console.print(part, soft_wrap=isinstance(part, str))
+        # Where a table is too narrow for its numbers, a wrapped line is better than a cut number.
+        wide = not isinstance(part, str) and console.measure(part).minimum > console.width
+        with console.capture() as text:
+            console.print(part, soft_wrap=isinstance(part, str), width=10_000 if wide else None, crop=not wide)
+        sys.stdout.writelines(line.rstrip() + "\n" for line in text.get().splitlines() or [""])
 
 
 def _output(path: str | None) -> AbstractContextManager[TextIO | None]:
@@ -151,7 +151,7 @@ def run(
     as_json: Json = False,
     output: Output = None,
 ) -> int:
-    """Simulate every case of a scenario and print it beside what was measured."""
+    """Simulate the cases of a scenario, beside what was measured."""
     from flashsim.analysis.run import published_beside, raise_refused, run_cases
     from flashsim.io.output import json_text
     from flashsim.io.scenario import read_scenario
@@ -201,10 +201,10 @@ def simulate(
     ] = None,
     head_dim: Annotated[str | None, _number_option("--head-dim", help="Of Q and K.")] = None,
     head_dim_v: Annotated[str | None, _number_option("--head-dim-v", help="Of V; as of K.")] = None,
-    mask: Annotated[str, typer.Option(help="full or causal.")] = "full",
+    mask: Annotated[str, typer.Option(metavar="MASK", help="full or causal.")] = "full",
     dropout: Annotated[str | None, _number_option("--dropout", help="Probability.")] = None,
-    dtype: Annotated[str, typer.Option(help="fp16 or bf16.")] = "fp16",
-    direction: Annotated[str, typer.Option(help="fwd.")] = "fwd",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="fp16 or bf16.")] = "fp16",
+    direction: Annotated[str, typer.Option(metavar="DIRECTION", help="fwd.")] = "fwd",
     clock_mhz: Annotated[str | None, _number_option("--clock-mhz", help="SM clock; the GPU's default.")] = None,
     switches: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A switch of the schedule; repeatable.")
@@ -373,7 +373,7 @@ def schedules(
     if as_json and name is None:
         _write_json({"schedules": about})
     elif as_json:
-        _write_json({**about[0], "switches": [dict(vars(switch)) for switch in classes[0].switches()]})
+        _write_json({**about[0], "switches": [_switch(switch) for switch in classes[0].switches()]})
     else:
         from flashsim.analysis.tables import schedules_table, switches_table
 
@@ -384,3 +384,8 @@ def schedules(
                 f"{about[0]['name']}: {about[0]['title']}", f"source: {about[0]['source']}", switches_table(classes[0])
             )
     return OK
+
+
+def _switch(switch: Any) -> dict[str, Any]:
+    keys = {"name": "name", "type": "type_name", "default": "default", "choices": "choices", "help": "help"}
+    return {key: getattr(switch, attribute) for key, attribute in keys.items()}

@@ -101,6 +101,7 @@ def _tensors(problem: AttentionProblem, seed: int) -> dict[str, Any]:
 
 
 def _compare(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool) -> Functional:
+    from flashsim.numerics.bounds import rounding_bounds
     from flashsim.numerics.compare import compare_exact, compare_rounded
     from flashsim.numerics.eager import eager_attention
     from flashsim.numerics.reference import attention_reference
@@ -109,8 +110,9 @@ def _compare(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool) 
     o, lse = attention_reference(q, k, v, problem.mask)
     mine, mine_lse = tensors["O"], tensors["LSE"].transpose(0, 2, 1)
     if rounded:
-        return compare_rounded(mine, mine_lse, o, lse, eager_attention(q, k, v, problem.dtype, problem.mask))
-    return compare_exact(mine, mine_lse, o, lse)
+        eager = eager_attention(q, k, v, problem.dtype, problem.mask)
+        return compare_rounded(mine, mine_lse, o, lse, eager, rounding_bounds(q, k, v, problem.dtype, problem.mask))
+    return compare_exact(mine, mine_lse, o, lse, v)
 
 
 def version() -> str:

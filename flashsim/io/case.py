@@ -151,9 +151,10 @@ class CaseBuilder:
         schedule = self._load(load_schedule, self._schedules, keys.get("schedule"), where("schedule"), problems)
         problem, complete = _problem(keys, refused | missing, where, problems)
         options = dict(keys.get("set", {}))
-        if gpu is not None and schedule is not None:
+        if schedule is not None:
+            architecture = schedule.architectures[0] if gpu is None else gpu.architecture
             try:
-                schedule.configure(problem, gpu.architecture, options)
+                schedule.configure(problem, architecture, options)
             except InputError as error:
                 problems += [_placed(where(""), line) for line in error.problems]
         if problems or refused or not complete or gpu is None or schedule is None:

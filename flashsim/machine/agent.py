@@ -126,10 +126,13 @@ class Agent:
 
     def kv_tiles(self, tile: WorkTile, start: int = 0) -> Iterator[int]:
         overhead = self.cta.kernel.overhead_instructions
+        walk = None if self.sm.walks is None else self.sm.walks.setdefault(self.name, [])
         j = tile.first + start
         while j <= tile.last:
             if overhead:
                 self._say(Overhead(overhead))
+            if walk is not None:
+                walk.append(self.sim.now)
             yield j
             j += 1
 

@@ -1,19 +1,23 @@
 """How long work tiles take on an SM with its memory for itself, learnt from a few probes.
 
-A KV loop is periodic: from some length on, two more KV tiles always take the same time, to the tick. So a long work tile
-is probed at a short length with the same remainder, and whole periods are added. The schedule itself sees a shorter
+A KV loop is periodic: after a few KV tiles, every warpgroup starts its next ones at the same distances as before, to the
+tick. So a long work tile is probed at a shorter length, and whole periods are added. The schedule itself sees a shorter
 problem, whatever kind of loop it is written with; none of its variables is inspected.
 """
 
 from __future__ import annotations
 
+import sys
+from itertools import pairwise
+
 from flashsim.machine.probe import Probe, TileClass
 
-PERIOD = 2
-"""KV tiles of one period: the warpgroups' turns and the two slots of the usual rings come round after two."""
-FIRST_LENGTH = 8
-LONGEST = 64
-"""Lengths between which a loop is tried for its period."""
+LENGTHS = (24, 48, 96)
+"""Lengths at which a loop is tried, one after the other, until a period shows."""
+LONGEST_PERIOD = 12
+"""KV tiles. Three warpgroups that share the exp pipe have been seen to come round after seven."""
+MARGIN = 4
+"""KV tiles by which a producer can be ahead of the loop whose period is looked at, and more."""
 WINDOW = 2
 """How many work tiles before a tile can still be felt in its time."""
 ROUNDS = 3
@@ -25,29 +29,31 @@ class Pace:
 
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
-        self._base: dict[TileClass, tuple[int, int]] = {}
+        self._base: dict[TileClass, tuple[int, int, int]] = {}
         self._steps: dict[tuple[TileClass, ...], tuple[int, int]] = {}
 
     def fold(self, tile: TileClass) -> tuple[TileClass, int, int]:
-        """(a short tile of the same kind, ticks that `tile` takes longer, periods that it is longer)."""
+        """(a short tile of the same kind, ticks that `tile` takes longer, KV tiles that it is longer)."""
         kind = tile._replace(count=0)
-        if tile.count <= FIRST_LENGTH + PERIOD + tile.partial:
-            return tile, 0, 0
         if kind not in self._base:
             self._base[kind] = self._steady(tile)
-        length, period = self._base[kind]
-        periods = max(0, (tile.count - length) // PERIOD)
-        return tile._replace(count=tile.count - periods * PERIOD), periods * period, periods
+        length, period, duration = self._base[kind]
+        periods = max(0, (tile.count - length) // period)
+        return tile._replace(count=tile.count - periods * period), periods * duration, periods * period
 
-    def _steady(self, tile: TileClass) -> tuple[int, int]:
-        """(length from which the loop is periodic, ticks of a period)."""
-        length = FIRST_LENGTH + tile.partial
-        while True:
-            ends = [self.probe.run([tile._replace(count=length + i)]).end for i in (0, 1, 2, 3, 4, 5)]
-            periods = [ends[i + PERIOD] - ends[i] for i in range(4)]
-            if len(set(periods)) == 1 or length >= min(LONGEST, tile.count):
-                return length, periods[-1]
-            length += FIRST_LENGTH
+    def _steady(self, tile: TileClass) -> tuple[int, int, int]:
+        """(length from which a loop of this kind is periodic, KV tiles of a period, ticks of a period).
+
+        A loop without a period that shows is never shortened.
+        """
+        for length in LENGTHS:
+            walks = self.probe.run([tile._replace(count=length + tile.partial)]).walks
+            gaps = [[b - a for a, b in pairwise(walk)] for walk in walks.values()]
+            for period in range(1, LONGEST_PERIOD + 1):
+                starts = [_periodic_from(gap, period) for gap in gaps]
+                if max(starts) + 2 * period <= min(len(gap) for gap in gaps):
+                    return max(starts) + MARGIN + period, period, sum(gaps[0][-period:])
+        return sys.maxsize, 1, 0
 
     # One CTA at a time, which takes tile after tile.
 
@@ -72,11 +78,12 @@ class Pace:
 
     def share(self, tile: TileClass, resident: int) -> int:
         """Time of a CTA with `tile` while `resident` such CTAs share the SM, once they have settled."""
-        short, longer, periods = self.fold(tile)
-        if resident > 1 and periods:
-            a, b = (self._round(short._replace(count=short.count + PERIOD * i), resident) for i in (0, 1))
-            return a + (b - a) * periods
-        return self._round(short, resident) + longer
+        short, longer, more = self.fold(tile)
+        if resident == 1 or not more:
+            return self._round(short, resident) + longer
+        step = self._base[tile._replace(count=0)][1]
+        a, b = (self._round(short._replace(count=short.count + step * i), resident) for i in (0, 1))
+        return a + (b - a) * more // step
 
     def _round(self, tile: TileClass, resident: int) -> int:
         one, all_rounds = (self.probe.run([tile] * (resident * rounds), resident).end for rounds in (1, ROUNDS))
@@ -88,15 +95,23 @@ class Pace:
 
     def busy(self, tile: TileClass) -> dict[str, int]:
         """Ticks of work for each unit in `tile`."""
-        short, _, periods = self.fold(tile)
+        short, _, more = self.fold(tile)
         base = self.probe.run([short]).busy
-        if not periods:
+        if not more:
             return base
-        more = self.probe.run([short._replace(count=short.count + PERIOD)]).busy
-        return {unit: base[unit] + (more[unit] - base[unit]) * periods for unit in base}
+        longer = self.probe.run([short._replace(count=short.count + 1)]).busy
+        return {unit: base[unit] + (longer[unit] - base[unit]) * more for unit in base}
 
     def loop(self, tile: TileClass, extra: int = 0) -> float:
         """Ticks of one KV tile in a long loop, with K and V `extra` ticks late."""
-        length = FIRST_LENGTH + tile.partial
-        short, long = (self.probe.run([tile._replace(count=length + more)], 1, extra).end for more in (0, 8))
-        return (long - short) / 8
+        walks = self.probe.run([tile._replace(count=LENGTHS[0] + tile.partial)], 1, extra).walks
+        walk = max(walks.values(), key=lambda starts: starts[-1])
+        return (walk[-1] - walk[-1 - LENGTHS[0] // 2]) / (LENGTHS[0] // 2)
+
+
+def _periodic_from(gaps: list[int], period: int) -> int:
+    """The index from which `gaps` repeat themselves after `period`."""
+    start = len(gaps) - period
+    while start > 0 and gaps[start - 1] == gaps[start - 1 + period]:
+        start -= 1
+    return start

@@ -46,6 +46,8 @@ class Trace:
     busy: dict[str, int]
     fetched: dict[str, int]
     written: dict[str, int]
+    walks: dict[str, list[int]]
+    """By warpgroup: when it started each KV tile."""
     events: int
 
 
@@ -87,6 +89,7 @@ class Probe:
         sim = Simulation()
         memory = PrivateMemory(sim, self.costs, k.copy == "tma", extra)
         sm = SM(sim, self.costs, memory)
+        sm.walks = {}
         queue = [self._shortened(tile) for tile in tiles]
         queue.reverse()
         asks: list[int] = []
@@ -121,7 +124,7 @@ class Probe:
             raise SimulationError(f"{k.name} stops before its end on one SM; `flashsim check` says where")
         self.events += sim.events
         busy = {name: sm.units[name].busy for name in UNITS}
-        return Trace(tuple(asks), ends, busy, memory.fetched, memory.written, sim.events)
+        return Trace(tuple(asks), ends, busy, memory.fetched, memory.written, sm.walks, sim.events)
 
     def _shortened(self, tile: TileClass) -> Shortened:
         m_block = self._blocks - 1 if tile.short_q else 0

@@ -284,9 +284,9 @@ def test_lse_of_scores_that_cancel() -> None:
 
 
 def test_bounds_cover_probabilities_that_underflow() -> None:
-    """A thousand keys of probability 2e-9 and value 60000 are lost in fp16; the bound says so."""
+    """A thousand keys of probability 2e-9 and value 60000 are lost in fp16, and the bound says so."""
     k = np.zeros((1, 1001, 1, 1))
-    k[0, 0] = 20
+    k[0, -1] = 20  # visited first, so that its score is the maximum throughout
     v = np.where(k == 20, 1.0, 60000.0)
     case = Case(np.ones((1, 1, 1, 1)), k, v, "fp16", "full")
     o, _ = fused(case)
