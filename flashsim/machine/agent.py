@@ -54,6 +54,10 @@ class Agent:
         tma = self.sm.costs.device.tma
         rate = tma.sm_byte_per_ns if tma and cta.kernel.copy == "tma" else self.sm.costs.device.memory.sm_byte_per_ns
         self.link_rate = self.sm.costs.byte_rate(rate)
+        self._walk: list[int] | None = None
+        if self.sm.walks is not None:
+            self._walk = []
+            self.sm.walks.append(self._walk)
         self._queue: list[Any] = []
         self._batch: Batch | None = None
         fragments = role.registers(RegisterFile(cta, self)) if role.registers else None
@@ -126,13 +130,12 @@ class Agent:
 
     def kv_tiles(self, tile: WorkTile, start: int = 0) -> Iterator[int]:
         overhead = self.cta.kernel.overhead_instructions
-        walk = None if self.sm.walks is None else self.sm.walks.setdefault(self.name, [])
         j = tile.first + start
         while j <= tile.last:
             if overhead:
                 self._say(Overhead(overhead))
-            if walk is not None:
-                walk.append(self.sim.now)
+            if self._walk is not None:
+                self._walk.append(self.sim.now)
             yield j
             j += 1
 

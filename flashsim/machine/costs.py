@@ -16,6 +16,8 @@ from flashsim.units import Rate, clk_of_ns, ticks
 
 THREADS = 128
 """Of a warpgroup."""
+LDSM_BYTE = 512
+"""What ldmatrix.x4 reads for one warp: four 8 x 8 matrices of 16-bit elements."""
 EXP_CHUNKS = 4
 """Pieces in which a tile's exponentials are issued, so that another warpgroup's can come in between. The result moves by
 less than 1 % between 2 and 16 pieces."""
@@ -71,6 +73,7 @@ class Costs:
         }
         self.pack_unit = "exp" if pipes.pack_on_exp_pipe else "pack"
         self.row_reduce = ticks(pipes.row_reduce_clk)
+        self.mma_latency = ticks(d.tensor.mma_sync_latency_clk)
         self.smem_latency = ticks(d.smem.latency_clk)
         self.smem = Rate(1 / d.smem.byte_per_clk)
         self.named_barrier = ticks(d.barrier.named_clk)
@@ -122,11 +125,12 @@ class Costs:
         read = instructions * (n * 32 + (64 * 32 if a_in_shared else 0))
         return ticks(instructions * interval), read
 
-    def mma_sync(self, m: int, n: int, k: int, a_in_shared: bool) -> tuple[int, int, int]:
-        """(steps of 16 along k, tensor core ticks a step, shared-memory ticks a step) of m x n x k by one warpgroup.
+    def mma_sync(self, m: int, n: int, k: int, a_in_shared: bool) -> tuple[int, int, int, int]:
+        """(steps of 16 along k, tensor core ticks a step, LDSMs a step, port ticks an LDSM) of m x n x k by one warpgroup.
 
-        Each warp has m / 4 rows, m16n8k16 instructions; it reads its own rows of A and all of B by LDSM.
+        Each warp has m / 4 rows, m16n8k16 instructions; it reads its own rows of A and all of B, 512 bytes an LDSM.
         """
         instructions = -(-m // 64) * -(-n // 8)
         read = (m if a_in_shared else 0) * 32 + 4 * n * 32
-        return -(-k // 16), ticks(instructions * self.device.tensor.mma_sync_clk), self.smem(read)
+        ldsms = -(-read // (4 * LDSM_BYTE))
+        return -(-k // 16), ticks(instructions * self.device.tensor.mma_sync_clk), ldsms, self.smem(read) // ldsms

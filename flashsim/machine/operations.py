@@ -156,7 +156,9 @@ class SyncProduct:
     """A product by mma.sync, its operands fetched by LDSM.
 
     Timing assumption: in each warp, the LDSMs of step k + 1 stand before the MMAs of step k in program order and each
-    holds the warp until accepted, so port and tensor time add; they overlap with those of other warps only.
+    holds the warp until the port has served it, so port and tensor time add; they overlap with those of other warps
+    only. The port serves one LDSM at a time and the tensor cores the MMAs of one step, first come, first served: with one
+    request of each warp outstanding that is round robin.
     """
 
     __slots__ = ("a", "b", "completion", "effect")
@@ -168,18 +170,20 @@ class SyncProduct:
         self.effect = effect
 
     def perform(self, agent: Agent) -> Steps:
-        sm, sim = agent.sm, agent.sim
-        in_shared = self.a.place == "shared"
-        steps, mma, read = sm.costs.mma_sync(self.a.shape[0], self.b.shape[1], self.a.shape[1], in_shared)
-        fetched = sm.serve(sm.smem, read) + sm.vary("latency", sm.costs.smem_latency)
-        for step in range(steps):
-            there = fetched
-            if step + 1 < steps:
-                accepted = sm.serve(sm.smem, read)
-                fetched = accepted + sm.costs.smem_latency
-                there = max(there, accepted)
-            yield sim.at(there)
-            yield sim.at(sm.serve(sm.tensor, mma))
+        sm, sim, costs = agent.sm, agent.sim, agent.sm.costs
+        m, k, n = *self.a.shape, self.b.shape[1]
+        steps, mma, ldsms, ldsm = costs.mma_sync(m, n, k, self.a.place == "shared")
+        for step in range(steps + 1):
+            fragments = sim.now  # of step - 1, whose LDSMs were the last to be served
+            if step < steps:
+                for _ in range(ldsms):
+                    yield sim.at(sm.serve(sm.smem, ldsm))
+            if step > 0:
+                there = fragments + sm.vary("latency", costs.smem_latency)
+                if there > sim.now:
+                    yield sim.at(there)
+                yield sim.at(sm.serve(sm.tensor, mma))
+        yield sim.at(sim.now + sm.vary("latency", costs.mma_latency))
         if self.effect:
             self.effect()
         self.completion.done()

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import sys
 from itertools import pairwise
+from statistics import fmean
 
 from flashsim.machine.probe import Probe, TileClass
+from flashsim.units import ticks
 
 LENGTHS = (24, 48, 96)
 """Lengths at which a loop is tried, one after the other, until a period shows."""
@@ -22,6 +24,10 @@ WINDOW = 2
 """How many work tiles before a tile can still be felt in its time."""
 ROUNDS = 3
 """CTAs on each slot of a probe of several CTAs, of which the first round is the start."""
+SHORT = TileClass(6, 0, False, False)
+SHORT_PARTIAL = TileClass(6, 2, False, False)
+PHASES_CLK = (0, 300, 700, 1500)
+"""Distances between the starts of CTAs that share an SM, over which their times are averaged."""
 
 
 class Pace:
@@ -30,6 +36,7 @@ class Pace:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self._base: dict[TileClass, tuple[int, int, int]] = {}
+        self._shares: dict[int, tuple[float, float, float]] = {}
         self._steps: dict[tuple[TileClass, ...], tuple[int, int]] = {}
 
     def fold(self, tile: TileClass) -> tuple[TileClass, int, int]:
@@ -48,7 +55,7 @@ class Pace:
         """
         for length in LENGTHS:
             walks = self.probe.run([tile._replace(count=length + tile.partial)]).walks
-            gaps = [[b - a for a, b in pairwise(walk)] for walk in walks.values()]
+            gaps = [[b - a for a, b in pairwise(walk)] for walk in walks]
             for period in range(1, LONGEST_PERIOD + 1):
                 starts = [_periodic_from(gap, period) for gap in gaps]
                 if max(starts) + 2 * period <= min(len(gap) for gap in gaps):
@@ -77,17 +84,34 @@ class Pace:
     # Several CTAs at a time, each with one tile.
 
     def share(self, tile: TileClass, resident: int) -> int:
-        """Time of a CTA with `tile` while `resident` such CTAs share the SM, once they have settled."""
-        short, longer, more = self.fold(tile)
-        if resident == 1 or not more:
-            return self._round(short, resident) + longer
-        step = self._base[tile._replace(count=0)][1]
-        a, b = (self._round(short._replace(count=short.count + step * i), resident) for i in (0, 1))
-        return a + (b - a) * more // step
+        """Time of a CTA with `tile` while `resident` such CTAs share the SM, once they have settled.
 
-    def _round(self, tile: TileClass, resident: int) -> int:
-        one, all_rounds = (self.probe.run([tile] * (resident * rounds), resident).end for rounds in (1, ROUNDS))
-        return (all_rounds - one) // (ROUNDS - 1)
+        A sum of a time for the CTA, one for each KV tile, and one more for each partial tile. CTAs that share units stay
+        in the phase in which they met, which the hardware does not fix, so the times are means over several.
+        """
+        if resident not in self._shares:
+            self._shares[resident] = self._measure_share(resident)
+        cta, kv_tile, partial = self._shares[resident]
+        return round(cta + kv_tile * tile.count + partial * tile.partial)
+
+    def _measure_share(self, resident: int) -> tuple[float, float, float]:
+        phases = PHASES_CLK if resident > 1 else (0,)
+        loop = fmean(self._loop_of(resident, ticks(phase)) for phase in phases)
+        one, some = (fmean(self._round(tile, resident, ticks(p)) for p in phases) for tile in (SHORT, SHORT_PARTIAL))
+        return one - loop * SHORT.count, loop, (some - one) / SHORT_PARTIAL.partial
+
+    def _loop_of(self, resident: int, offset: int) -> float:
+        """Ticks of one KV tile of each of `resident` CTAs that run side by side."""
+        tile = SHORT._replace(count=LENGTHS[0])
+        walks = self.probe.run([tile] * resident, resident, offset=offset).walks
+        # The last CTAs' last KV tiles are alone on the SM, the first ones' first too.
+        last, first = LENGTHS[0] - 2, LENGTHS[0] // 3
+        return fmean((walk[last] - walk[first]) / (last - first) for walk in walks)
+
+    def _round(self, tile: TileClass, resident: int, offset: int) -> float:
+        """Ticks of a round of CTAs, each of which follows another."""
+        one, all_rounds = (self.probe.run([tile] * (resident * r), resident, offset=offset).end for r in (1, ROUNDS))
+        return (all_rounds - one) / (ROUNDS - 1)
 
     def first_ask(self) -> int:
         """From the start of a CTA to its first question for a tile."""
@@ -105,7 +129,7 @@ class Pace:
     def loop(self, tile: TileClass, extra: int = 0) -> float:
         """Ticks of one KV tile in a long loop, with K and V `extra` ticks late."""
         walks = self.probe.run([tile._replace(count=LENGTHS[0] + tile.partial)], 1, extra).walks
-        walk = max(walks.values(), key=lambda starts: starts[-1])
+        walk = max(walks, key=lambda starts: starts[-1])
         return (walk[-1] - walk[-1 - LENGTHS[0] // 2]) / (LENGTHS[0] // 2)
 
 

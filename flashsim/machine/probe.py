@@ -46,8 +46,8 @@ class Trace:
     busy: dict[str, int]
     fetched: dict[str, int]
     written: dict[str, int]
-    walks: dict[str, list[int]]
-    """By warpgroup: when it started each KV tile."""
+    walks: list[list[int]]
+    """For each warpgroup, when it started each KV tile."""
     events: int
 
 
@@ -74,22 +74,23 @@ class Probe:
             self._classes[m_block] = TileClass(walk.count, walk.partial, short_q, short_k)
         return self._classes[m_block]
 
-    def run(self, tiles: Sequence[TileClass], slots: int = 1, extra: int = 0) -> Trace:
-        """Run `tiles` one after the other, on `slots` CTAs at a time; K and V arrive `extra` ticks late.
+    def run(self, tiles: Sequence[TileClass], slots: int = 1, extra: int = 0, offset: int = 0) -> Trace:
+        """Run `tiles` one after the other, on `slots` CTAs at a time that start `offset` ticks apart; K and V arrive
+        `extra` ticks late.
 
         Raises SimulationError if the schedule does not come to its end.
         """
-        key = (tuple(tiles), slots, extra)
+        key = (tuple(tiles), slots, extra, offset)
         if key not in self._traces:
-            self._traces[key] = self._run(tiles, slots, extra)
+            self._traces[key] = self._run(tiles, slots, extra, offset)
         return self._traces[key]
 
-    def _run(self, tiles: Sequence[TileClass], slots: int, extra: int) -> Trace:
+    def _run(self, tiles: Sequence[TileClass], slots: int, extra: int, offset: int) -> Trace:
         k = self.kernel
         sim = Simulation()
         memory = PrivateMemory(sim, self.costs, k.copy == "tma", extra)
         sm = SM(sim, self.costs, memory)
-        sm.walks = {}
+        sm.walks = []
         queue = [self._shortened(tile) for tile in tiles]
         queue.reverse()
         asks: list[int] = []
@@ -116,7 +117,6 @@ class Probe:
             if queue:
                 start_one()
 
-        offset = self.device.sm.count * self.costs.ns(self.device.launch.cta_interval_ns)
         for slot in range(min(slots, len(queue))):
             sim.call(slot * offset, start_one)
         sim.run()

@@ -32,8 +32,8 @@ class SM:
         self.link = self.units["link"]
         self.phases: dict[object, list[Phase]] = {}
         """Costs of the batches of register operations seen so far."""
-        self.walks: dict[str, list[int]] | None = None
-        """If not None: by warpgroup, when it started each KV tile."""
+        self.walks: list[list[int]] | None = None
+        """If not None: for each warpgroup that has been here, when it started each KV tile."""
 
     def serve(self, unit: Server, duration: int) -> int:
         """Tick at which `unit` ends an operation of `duration` ticks that arrives now."""
