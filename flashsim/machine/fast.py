@@ -25,9 +25,13 @@ from flashsim.machine.sm import UNITS
 from flashsim.machine.tiles import Coordinates, HbmTile, WorkTile
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Kernel
+from flashsim.units import ticks
 
 MAX_CHUNKS = 40_000
 """KV tiles are taken together, as many as it needs to have no more chunks than this."""
+
+CP_ASYNC_CLK = 32
+"""Between the requests for two tiles by cp.async: eight instructions a thread for 16 KB."""
 
 
 @dataclass
@@ -81,8 +85,8 @@ class FastSimulation:
         sim.run()
         busy = dict.fromkeys(UNITS, 0)
         for tile, times in self._done.items():
-            for unit, ticks in self._pace.busy(tile).items():
-                busy[unit] += ticks * times
+            for unit, work in self._pace.busy(tile).items():
+                busy[unit] += work * times
         busy |= {"l2": shared.l2.busy, "hbm": shared.hbm.busy}
         return KernelRun(
             ticks=self._end,
@@ -108,6 +112,9 @@ class FastSimulation:
         # In a loop that waits for memory, `depth` requests are on their way at a time: time = (latency + rest) / depth.
         depth = (further - far) / (later - late)
         slack = max(0.0, far - depth * (late - loop))
+        self._issue = ticks(self.device.tma.issue_clk if self.kernel.copy == "tma" and self.device.tma else CP_ASYNC_CLK)
+        persistent = self.kernel.grid.launch != "cta"
+        self._patience = self._pace.patience(longest, round(far)) if persistent else 0
         deep = max(1, round(depth) // self._chunk)
         self._depth = deep
         self._from_arrival = round((loop if deep == 1 else deep * self._chunk * loop) - slack)
@@ -138,7 +145,7 @@ class FastSimulation:
         for where in source:
             tile = self._probe.class_of(where[0])
             tail = pace.tail(before, tile)
-            yield from self._work(where, tile, lambda b=before, t=tile: pace.step(b, t), ready)
+            yield from self._work(where, tile, lambda b=before, t=tile: pace.step(b, t), ready, not before)
             before = (*before, tile)[-3:]
         yield sim.at(sim.now + tail)
         host.active += sim.now - begin
@@ -151,16 +158,23 @@ class FastSimulation:
         if host.resident == 0:
             host.since = sim.now
         host.resident += 1
+        first = True
         for where in self._counter():
             tile = self._probe.class_of(where[0])
-            yield from self._work(where, tile, lambda t=tile: pace.share(t, host.resident), deque(maxlen=self._depth))
+
+            def duration(tile: TileClass = tile, first: bool = first) -> int:
+                return pace.share(tile, host.resident, first)
+
+            yield from self._work(where, tile, duration, deque(maxlen=self._depth), True)
+            first = False
         host.resident -= 1
         if host.resident == 0:
             host.active += sim.now - host.since
         self._end = max(self._end, sim.now)
 
-    def _work(self, where: Coordinates, kind: TileClass, duration: Any, ready: deque[int]) -> Steps:
-        """One work tile. `duration()` is its time as things stand; `ready` has when the last chunks' data arrive."""
+    def _work(self, where: Coordinates, kind: TileClass, duration: Any, ready: deque[int], first: bool) -> Steps:
+        """One work tile, perhaps the first of its CTA. `duration()` is its time as things stand; `ready` has when the last
+        chunks' data arrive."""
         sim, memory, k = self._sim, self._memory, self.kernel
         self._done[kind] = self._done.get(kind, 0) + 1
         if self.options.private_memory:
@@ -168,25 +182,32 @@ class FastSimulation:
             return
         assert isinstance(memory, SharedMemory)
         tile = WorkTile(self.problem, where, k.BLOCK_M, k.BLOCK_N, 0, 0)
-        late = 0
-        for tensor, each in self._loads.items():
-            if not each:
-                whole: HbmTile = getattr(tile, tensor)
-                late = max(late, memory.fetch(whole.key, whole.size_byte, 1) - sim.now - memory.miss)
         chunks = self._chunks(tile)
         for number, (keys, size) in enumerate(chunks):
-            arrival = 0
+            arrivals: list[int] = []
+            awaited, begin = 0, sim.now
             for tensor, each in self._loads.items():
+                if first and arrivals and number == 0:
+                    yield sim.at(sim.now + self._issue)  # all SMs ask for their first tile before any asks for its next
                 if each:
                     sharers = k.cluster if tensor in SHARED_TENSORS else 1
-                    arrival = max(arrival, memory.fetch(keys[tensor], size[tensor], sharers))
+                    arrivals.append(memory.fetch(keys[tensor], size[tensor], sharers))
+                elif number == 0:
+                    whole: HbmTile = getattr(tile, tensor)
+                    awaited = max(awaited, memory.fetch(whole.key, whole.size_byte, 1))
+            arrival = max(arrivals, default=0)
+            late = 0
+            if number == 0:
+                # The probes know that what only this work tile reads is never in L2; it counts by how much later it comes.
+                # At the start of a CTA nothing can be done before the first tiles are there.
+                late = (max(awaited, *arrivals[:1]) if first else awaited - self._patience) - begin - memory.miss
             for tensor, each in self._stores.items():
                 if each:
                     memory.write(keys[tensor], size[tensor])
             now = duration()
             share = now * (number + 1) // len(chunks) - now * number // len(chunks)
             ready.append(arrival)
-            until = sim.now + share + (late if number == 0 else 0)
+            until = begin + share + max(0, late)
             if len(ready) == self._depth:
                 until = max(until, ready[0] + self._from_arrival)
             yield sim.at(until)

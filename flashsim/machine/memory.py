@@ -85,9 +85,9 @@ class SharedMemory:
 
 class PrivateMemory:
     """Memory that no other SM uses: K and V are in L2, what only one CTA reads is not, and nothing but the SM's own link
-    limits the rate. `extra` ticks delay every tile that is in L2."""
+    limits the rate. Everything comes late by `extra` ticks: (of K and V, of the rest)."""
 
-    def __init__(self, sim: Simulation, costs: Costs, tma: bool, extra: int = 0) -> None:
+    def __init__(self, sim: Simulation, costs: Costs, tma: bool, extra: tuple[int, int] = (0, 0)) -> None:
         m, t = costs.device.memory, costs.device.tma
         l2_ns, hbm_ns = (t.l2_latency_ns, t.hbm_latency_ns) if tma and t else (m.l2_latency_ns, m.hbm_latency_ns)
         self.sim = sim
@@ -101,7 +101,7 @@ class PrivateMemory:
     def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
         tensor = key[0]
         self.fetched[tensor] = self.fetched.get(tensor, 0) + 1
-        return self.sim.now + (self._extra if tensor in SHARED_TENSORS else self.miss)
+        return self.sim.now + (self._extra[0] if tensor in SHARED_TENSORS else self.miss + self._extra[1])
 
     def write(self, key: Key, size_byte: int) -> None:
         self.written[key[0]] = self.written.get(key[0], 0) + 1

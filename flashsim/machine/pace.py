@@ -36,7 +36,7 @@ class Pace:
     def __init__(self, probe: Probe) -> None:
         self.probe = probe
         self._base: dict[TileClass, tuple[int, int, int]] = {}
-        self._shares: dict[int, tuple[float, float, float]] = {}
+        self._shares: dict[int, tuple[float, float, float, float]] = {}
         self._steps: dict[tuple[TileClass, ...], tuple[int, int]] = {}
 
     def fold(self, tile: TileClass) -> tuple[TileClass, int, int]:
@@ -83,22 +83,25 @@ class Pace:
 
     # Several CTAs at a time, each with one tile.
 
-    def share(self, tile: TileClass, resident: int) -> int:
-        """Time of a CTA with `tile` while `resident` such CTAs share the SM, once they have settled.
+    def share(self, tile: TileClass, resident: int, first: bool) -> int:
+        """Time of a CTA with `tile` while `resident` such CTAs share the SM; the `first` ones start together.
 
         A sum of a time for the CTA, one for each KV tile, and one more for each partial tile. CTAs that share units stay
         in the phase in which they met, which the hardware does not fix, so the times are means over several.
         """
         if resident not in self._shares:
             self._shares[resident] = self._measure_share(resident)
-        cta, kv_tile, partial = self._shares[resident]
-        return round(cta + kv_tile * tile.count + partial * tile.partial)
+        first_cta, cta, kv_tile, partial = self._shares[resident]
+        return round((first_cta if first else cta) + kv_tile * tile.count + partial * tile.partial)
 
-    def _measure_share(self, resident: int) -> tuple[float, float, float]:
+    def _measure_share(self, resident: int) -> tuple[float, float, float, float]:
+        """Ticks of a CTA that starts with the others, of one that follows another, of a KV tile, more if partial."""
         phases = PHASES_CLK if resident > 1 else (0,)
         loop = fmean(self._loop_of(resident, ticks(phase)) for phase in phases)
+        first = fmean(self.probe.run([SHORT] * resident, resident, offset=ticks(p)).end - ticks(p) for p in phases)
         one, some = (fmean(self._round(tile, resident, ticks(p)) for p in phases) for tile in (SHORT, SHORT_PARTIAL))
-        return one - loop * SHORT.count, loop, (some - one) / SHORT_PARTIAL.partial
+        loops = loop * SHORT.count
+        return first - loops, one - loops, loop, (some - one) / SHORT_PARTIAL.partial
 
     def _loop_of(self, resident: int, offset: int) -> float:
         """Ticks of one KV tile of each of `resident` CTAs that run side by side."""
@@ -128,9 +131,15 @@ class Pace:
 
     def loop(self, tile: TileClass, extra: int = 0) -> float:
         """Ticks of one KV tile in a long loop, with K and V `extra` ticks late."""
-        walks = self.probe.run([tile._replace(count=LENGTHS[0] + tile.partial)], 1, extra).walks
+        walks = self.probe.run([tile._replace(count=LENGTHS[0] + tile.partial)], 1, (extra, 0)).walks
         walk = max(walks, key=lambda starts: starts[-1])
         return (walk[-1] - walk[-1 - LENGTHS[0] // 2]) / (LENGTHS[0] // 2)
+
+    def patience(self, tile: TileClass, late: int) -> int:
+        """By how many ticks a CTA's next work tile can have its Q late without being late itself, up to `late`."""
+        short = self.fold(tile)[0]
+        on_time, waited = (self.probe.run([short] * 3, 1, (0, extra)).asks for extra in (0, late))
+        return max(0, late - (waited[-1] - waited[-2]) + (on_time[-1] - on_time[-2]))
 
 
 def _periodic_from(gaps: list[int], period: int) -> int:

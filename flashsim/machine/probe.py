@@ -74,9 +74,9 @@ class Probe:
             self._classes[m_block] = TileClass(walk.count, walk.partial, short_q, short_k)
         return self._classes[m_block]
 
-    def run(self, tiles: Sequence[TileClass], slots: int = 1, extra: int = 0, offset: int = 0) -> Trace:
-        """Run `tiles` one after the other, on `slots` CTAs at a time that start `offset` ticks apart; K and V arrive
-        `extra` ticks late.
+    def run(self, tiles: Sequence[TileClass], slots: int = 1, extra: tuple[int, int] = (0, 0), offset: int = 0) -> Trace:
+        """Run `tiles` one after the other, on `slots` CTAs at a time that start `offset` ticks apart; K and V, and what
+        else is loaded, arrive `extra` ticks late.
 
         Raises SimulationError if the schedule does not come to its end.
         """
@@ -85,7 +85,7 @@ class Probe:
             self._traces[key] = self._run(tiles, slots, extra, offset)
         return self._traces[key]
 
-    def _run(self, tiles: Sequence[TileClass], slots: int, extra: int, offset: int) -> Trace:
+    def _run(self, tiles: Sequence[TileClass], slots: int, extra: tuple[int, int], offset: int) -> Trace:
         k = self.kernel
         sim = Simulation()
         memory = PrivateMemory(sim, self.costs, k.copy == "tma", extra)
