@@ -93,13 +93,15 @@ def _show(*parts: Any) -> None:
     """Lines and tables. On a terminal tables fill its width, in a pipe they are as wide as their text."""
     from rich.console import Console
 
-    terminal = sys.stdout.isatty()
-    console = Console(markup=False, emoji=False, highlight=False, width=None if terminal else 10_000)
+    style = {"markup": False, "emoji": False, "highlight": False}
+    unlimited = Console(width=10_000, **style)
+    terminal = Console(**style) if sys.stdout.isatty() else unlimited
     for part in parts:
-        # Where a table is too narrow for its numbers, a wrapped line is better than a cut number.
-        wide = not isinstance(part, str) and console.measure(part).minimum > console.width
+        # A table of which no column may be wrapped is better broken by the terminal than cut.
+        rigid = not isinstance(part, str) and all(column.no_wrap for column in part.columns)
+        console = unlimited if rigid else terminal
         with console.capture() as text:
-            console.print(part, soft_wrap=isinstance(part, str), width=10_000 if wide else None, crop=not wide)
+            console.print(part, soft_wrap=isinstance(part, str))
         sys.stdout.writelines(line.rstrip() + "\n" for line in text.get().splitlines() or [""])
 
 

@@ -15,7 +15,7 @@ from flashsim.machine.gpu import FullSimulation, KernelRun
 from flashsim.machine.options import Options
 from flashsim.problem import AttentionProblem, flops_executed
 from flashsim.result import UNITS, Functional, HbmBytes, KernelTime, Result, Utilization
-from flashsim.schedules import Schedule, load_schedule
+from flashsim.schedules import Kernel, Schedule, load_schedule
 from flashsim.units import us_of_ticks
 
 if TYPE_CHECKING:
@@ -53,15 +53,15 @@ def simulate(
     device = gpu if isinstance(gpu, DeviceSpec) else load_device(str(gpu))
     kind = load_schedule(schedule) if isinstance(schedule, str) else schedule
     clock, source = _clock(device, clock_mhz)
-    _fits_memory(problem, device)
     chosen = kind.configure(problem, device.architecture, options or {})
+    _fits_memory(problem, chosen, device)
     kernels = chosen.kernels(problem)
     tensors = _tensors(problem, seed) if functional else None
     settings = Options(draw=draw, seed=seed, tensors=tensors, rounded=functional == "dtype")
     runs = []
     for kernel in kernels:
         simulation = FullSimulation if full or functional or draw else FastSimulation
-        runs.append(simulation(device, clock, kernel, problem, settings).run())
+        runs.append(simulation(_device_of(kernel, device), clock, kernel, problem, settings).run())
     result = _result(problem, chosen, device, clock, source, runs)
     if tensors is not None:
         result = replace(result, functional=_compare(problem, tensors, rounded=functional == "dtype"))
@@ -76,12 +76,22 @@ def _clock(device: DeviceSpec, clock_mhz: float | None) -> tuple[float, str]:
     return float(clock_mhz), "given"
 
 
-def _fits_memory(problem: AttentionProblem, device: DeviceSpec) -> None:
-    if problem.memory_bytes > device.memory.hbm_byte:
+def _fits_memory(problem: AttentionProblem, schedule: Schedule, device: DeviceSpec) -> None:
+    workspace = schedule.workspace_byte(problem)
+    if problem.memory_bytes + workspace > device.memory.hbm_byte:
+        beside = f" and {workspace / 1e9:.1f} GB beside them" if workspace else ""
         raise InputError(
-            f"the tensors of this problem take {problem.memory_bytes / 1e9:.1f} GB, "
+            f"schedule {schedule.name()} needs {problem.memory_bytes / 1e9:.1f} GB for the tensors of this problem{beside}, "
             f"{device.name} has {device.memory.hbm_byte / 1e9:.1f} GB"
         )
+
+
+def _device_of(kernel: Kernel, device: DeviceSpec) -> DeviceSpec:
+    """The device as `kernel` finds it: a framework's kernels reach only a part of the HBM rate."""
+    if not kernel.library:
+        return device
+    rate = device.library.stream_efficiency * device.memory.hbm_peak_byte_per_ns
+    return replace(device, memory=replace(device.memory, hbm_byte_per_ns=rate))
 
 
 def _tensors(problem: AttentionProblem, seed: int) -> dict[str, Any]:
@@ -97,7 +107,8 @@ def _tensors(problem: AttentionProblem, seed: int) -> dict[str, Any]:
         )
     q, k, v = random_inputs(problem, seed)
     rows = (problem.batch, problem.seqlen_q, problem.heads_q)
-    return {"Q": q, "K": k, "V": v, "O": np.full((*rows, problem.head_dim_v), np.nan), "LSE": np.full(rows, np.nan)}
+    outputs = {"O": (*rows, problem.head_dim_v), "LSE": rows, "S": (*rows, problem.seqlen_k), "P": (*rows, problem.seqlen_k)}
+    return {"Q": q, "K": k, "V": v} | {name: np.full(shape, np.nan) for name, shape in outputs.items()}
 
 
 def _compare(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool) -> Functional:
@@ -113,6 +124,15 @@ def _compare(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool) 
         eager = eager_attention(q, k, v, problem.dtype, problem.mask)
         return compare_rounded(mine, mine_lse, o, lse, eager, rounding_bounds(q, k, v, problem.dtype, problem.mask))
     return compare_exact(mine, mine_lse, o, lse, v)
+
+
+def _flops_executed(problem: AttentionProblem, kernel: Kernel) -> int:
+    """FLOPs of all tiles that are computed, each counted whole."""
+    if not kernel.dense:
+        return flops_executed(problem, kernel.BLOCK_M, kernel.BLOCK_N)
+    rows = -(-problem.seqlen_q // kernel.BLOCK_M) * kernel.BLOCK_M
+    columns = -(-problem.seqlen_k // kernel.BLOCK_N) * kernel.BLOCK_N
+    return 2 * problem.batch * problem.heads_q * rows * columns * (problem.head_dim + problem.head_dim_v)
 
 
 def version() -> str:
@@ -155,7 +175,7 @@ def _result(
         peak_fraction=tflops / peak,
         datasheet_fraction=tflops / device.tensor.fp16_tflops,
         flops=problem.flops,
-        flops_executed=flops_executed(problem, **tile),
+        flops_executed=_flops_executed(problem, kernels[0]),
         hbm_bytes=HbmBytes(sum(run.read_byte for run in runs), sum(run.written_byte for run in runs)),
         utilization=utilization,
         bound_by=bound_by,

@@ -45,11 +45,14 @@ def _tflops(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def _table(columns: Iterable[tuple[str, bool]], gap: int = 1) -> Table:
-    """A table with a rule under its headings and nothing else; a column is (heading, is it a number)."""
+def _table(columns: Iterable[tuple[str, bool]], gap: int = 1, wrap: bool = True) -> Table:
+    """A table with a rule under its headings and nothing else; a column is (heading, is it a number).
+
+    Numbers are never wrapped, text only if `wrap`.
+    """
     table = Table(box=_RULE, show_edge=False, padding=(0, gap, 0, 0), pad_edge=False)
     for heading, numeric in columns:
-        table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric)
+        table.add_column(heading, justify="right" if numeric else "left", no_wrap=numeric or not wrap, overflow="fold")
     return table
 
 
@@ -94,7 +97,7 @@ def _grid_table(grid: Grid, cases: Sequence[ScenarioCase], outcomes: Sequence[Ca
     heads += [("time\nus", True), ("TFLOP/s", True), ("% of\npeak", True)]
     heads += [(f"{unit}\n%", True) for unit in RUN_UNITS] + [("bound\nby", False)]
     heads += [("measured\nTFLOP/s", True), ("error\n%", True)] if measured else []
-    table = _table(heads, gap=0)
+    table = _table(heads, gap=0, wrap=False)
     for outcome in outcomes:
         cells = [_cell(outcome.case.case.keys.get(key)) for key in grid.varying]
         result = outcome.result

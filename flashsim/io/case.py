@@ -107,8 +107,11 @@ def check_fields(
     try:
         model = CaseTable.model_validate(given, context={"text": text})
     except ValidationError as error:
-        problems += complaints(error, where, (*CASE_KEYS, *beside))
-        bad = {str(mistake["loc"][0]) for mistake in error.errors()}
+        lines = complaints(error, where, (*CASE_KEYS, *beside))
+        problems += lines
+        # A misspelt key is not missing as well.
+        meant = {name for line in lines for name in re.findall(r"did you mean '(\w+)'", line)}
+        bad = {str(mistake["loc"][0]) for mistake in error.errors()} | meant - set(given)
         good = {key: value for key, value in given.items() if key not in bad}
         model = CaseTable.model_validate(good, context={"text": text})
     return model.model_dump(exclude_none=True), problems, bad & set(CASE_KEYS)

@@ -28,17 +28,15 @@ def whole_file(path: str | Path, option: str = "--output") -> Iterator[TextIO]:
     """
     # A link is followed, so that the file it points to is replaced and not the link.
     target = Path(os.path.realpath(path))
-    if target.is_dir():
-        raise InputError(f"{option}: {path} is a folder")
-    if target.exists() and not target.is_file():
-        raise InputError(f"{option}: {path} is not a regular file")
-    if target.exists() and not os.access(target, os.W_OK):
-        raise InputError(f"{option}: {path} is write-protected")
-    if not target.parent.is_dir():
-        raise InputError(f"{option}: {path}: no such folder {target.parent}")
     draft = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
+        if target.exists() and not target.is_file():
+            raise InputError(f"{option}: {path} is not a regular file")
+        if target.exists() and not os.access(target, os.W_OK):
+            raise InputError(f"{option}: {path} is write-protected")
         stream = draft.open("x", encoding="utf-8", newline="\n")
+    except FileNotFoundError:
+        raise InputError(f"{option}: cannot write {path}: there is no folder {target.parent}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{option}: cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     content = io.StringIO()

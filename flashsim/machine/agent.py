@@ -196,6 +196,7 @@ class RegisterFile:
 
     def __init__(self, cta: CTA, agent: Agent) -> None:
         self.cta = cta
+        self.kernel = cta.kernel
         self.problem = cta.problem
         self.index = agent.index
         self._prefix = f"{agent.name}'s "

@@ -54,8 +54,7 @@ class CTA:
 
     def start(self) -> None:
         """Start every warpgroup's program, after what a CTA costs to start."""
-        clk = self.kernel.start_clk
-        begin = self.sim.now + ticks(self.sm.costs.device.launch.cta_clk if clk is None else clk)
+        begin = self.sim.now + ticks(self.sm.costs.device.launch.cta_clk)
         for agent in self.agents:
             self.sim.start(agent.steps(begin))
 
@@ -73,8 +72,7 @@ class CTA:
                 self._exhausted = True
                 return None
             k = self.kernel
-            block, walk = (where.where, where.walk) if isinstance(where, Shortened) else (where, None)
-            new = WorkTile(self.problem, block, k.BLOCK_M, k.BLOCK_N, self._busy_tiles, self._items, walk)
+            new = WorkTile(self.problem, k, where, self._busy_tiles, self._items)
             self._tiles.append(new)
             self._items += new.count
             self._busy_tiles += new.count > 0

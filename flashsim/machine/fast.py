@@ -181,7 +181,7 @@ class FastSimulation:
             yield sim.at(sim.now + duration())
             return
         assert isinstance(memory, SharedMemory)
-        tile = WorkTile(self.problem, where, k.BLOCK_M, k.BLOCK_N, 0, 0)
+        tile = WorkTile(self.problem, k, where, 0, 0)
         chunks = self._chunks(tile)
         for number, (keys, size) in enumerate(chunks):
             arrivals: list[int] = []
@@ -191,7 +191,8 @@ class FastSimulation:
                     yield sim.at(sim.now + self._issue)  # all SMs ask for their first tile before any asks for its next
                 if each:
                     sharers = k.cluster if tensor in SHARED_TENSORS else 1
-                    arrivals.append(memory.fetch(keys[tensor], size[tensor], sharers))
+                    expected = 0 if tensor in SHARED_TENSORS else memory.miss  # by the probes
+                    arrivals.append(memory.fetch(keys[tensor], size[tensor], sharers) - expected)
                 elif number == 0:
                     whole: HbmTile = getattr(tile, tensor)
                     awaited = max(awaited, memory.fetch(whole.key, whole.size_byte, 1))
@@ -203,7 +204,7 @@ class FastSimulation:
                 late = (max(awaited, *arrivals[:1]) if first else awaited - self._patience) - begin - memory.miss
             for tensor, each in self._stores.items():
                 if each:
-                    memory.write(keys[tensor], size[tensor])
+                    late = max(late, memory.write(keys[tensor], size[tensor]) - begin)
             now = duration()
             share = now * (number + 1) // len(chunks) - now * number // len(chunks)
             ready.append(arrival)
@@ -230,7 +231,7 @@ class FastSimulation:
             keys, sizes = {}, {}
             for tensor in moved:
                 one: HbmTile = getattr(tile, tensor)(j)
-                keys[tensor] = (tensor, one.batch, one.head, lowest, self._chunk)
+                keys[tensor] = (tensor, one.batch, one.head, 0 if tensor in SHARED_TENSORS else tile.m_block, lowest)
                 sizes[tensor] = one.size_byte + (number - 1) * one.full_byte
             result.append((keys, sizes))
             j += number

@@ -42,7 +42,7 @@ def fit(kernel: Kernel, problem: AttentionProblem, device: DeviceSpec) -> Fit:
             f"{kernel.name} with BLOCK_M = {kernel.BLOCK_M}, BLOCK_N = {kernel.BLOCK_N} needs {smem_byte} bytes of shared "
             f"memory ({parts}), {device.name} has {device.smem.per_cta_max_byte} for a CTA"
         )
-    need = {role.name: registers_per_thread(role, problem) for role in kernel.roles}
+    need = {role.name: registers_per_thread(role, kernel, problem) for role in kernel.roles}
     registers = warps = 0
     for role in kernel.roles:
         limit = min(role.registers_per_thread, device.sm.max_registers_per_thread)
@@ -106,7 +106,8 @@ class SharedNeed:
 class RegisterNeed:
     """Stands in for a warpgroup where a role declares its register tiles, and counts registers of a thread."""
 
-    def __init__(self, problem: AttentionProblem) -> None:
+    def __init__(self, kernel: Kernel, problem: AttentionProblem) -> None:
+        self.kernel = kernel
         self.problem = problem
         self.index = 0
         self._alive: dict[int, int] = {}
@@ -127,9 +128,9 @@ class RegisterNeed:
         return -1  # a few registers, part of OTHER_REGISTERS
 
 
-def registers_per_thread(role: Role, problem: AttentionProblem) -> int:
+def registers_per_thread(role: Role, kernel: Kernel, problem: AttentionProblem) -> int:
     """Registers that a thread of `role` needs; a role that declares none needs only the others."""
-    need = RegisterNeed(problem)
+    need = RegisterNeed(kernel, problem)
     if role.registers:
         role.registers(need)
     return need.per_thread

@@ -10,10 +10,12 @@ from flashsim.engine import Server, Simulation
 from flashsim.machine.costs import Costs
 
 SHARED_TENSORS = ("K", "V")
-"""What many CTAs read; everything else is read by one."""
+"""What many CTAs read, and L2 may hold; everything else is read by one."""
+STREAMED_TENSORS = ("K", "V", "S", "P")
+"""What is loaded for each KV tile; everything else is loaded once for a work tile."""
 
 Key = tuple[str, int, int, int, int]
-"""Names a tile: tensor, batch, head, first row, rows."""
+"""Names a tile: tensor, batch, head, first row, first column."""
 
 
 class Memory(Protocol):
@@ -25,8 +27,8 @@ class Memory(Protocol):
     def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
         """Tick from which L2 can send a tile that is asked for now; `sharers` CTAs receive what one read sends."""
 
-    def write(self, key: Key, size_byte: int) -> None:
-        """A tile arrives at L2, and goes on to HBM."""
+    def write(self, key: Key, size_byte: int) -> int:
+        """A tile arrives at L2, and goes on to HBM; returns the tick at which L2 has room for it."""
 
 
 class SharedMemory:
@@ -34,7 +36,8 @@ class SharedMemory:
 
     L2 holds whole tiles, the least recently used leave first; a tile on its way from HBM is waited for, not fetched
     again. Timing assumption: HBM serves tile after tile at its achievable rate; its latency beyond L2's comes on top.
-    What is written takes room in L2 and a share of the HBM rate at once, though the hardware writes it back later.
+    What is written takes room in L2 and a share of the HBM rate at once, though the hardware writes it back later;
+    whoever writes waits when HBM is behind by more than L2 holds.
     """
 
     def __init__(self, sim: Simulation, costs: Costs, tma: bool, seed: int) -> None:
@@ -51,6 +54,8 @@ class SharedMemory:
         self.hbm = Server(sim, "hbm")
         self.l2 = Server(sim, "l2")
         self._hbm_rate = costs.byte_rate(m.hbm_byte_per_ns)
+        self._write_back = self._hbm_rate(self._capacity)
+        """By how many ticks HBM may be behind with what is written: as much as L2 holds."""
         self._l2_rate = costs.byte_rate(m.l2_byte_per_ns)
         self._spread = costs.ns(m.jitter_ns)
         self._random = Random(seed)
@@ -69,10 +74,11 @@ class SharedMemory:
             self._tiles.move_to_end(key)
         return self.l2.serve_from(now, self._l2_rate(size_byte // sharers)) if ready <= now else ready
 
-    def write(self, key: Key, size_byte: int) -> None:
-        self.hbm.serve(self._hbm_rate(size_byte))
+    def write(self, key: Key, size_byte: int) -> int:
+        written = self.hbm.serve(self._hbm_rate(size_byte))
         self.written_byte += size_byte
         self._keep(key, size_byte, self.sim.now)
+        return max(self.sim.now, written - self._write_back)
 
     def _keep(self, key: Key, size_byte: int, ready: int) -> None:
         if key in self._tiles:
@@ -85,7 +91,7 @@ class SharedMemory:
 
 class PrivateMemory:
     """Memory that no other SM uses: K and V are in L2, what only one CTA reads is not, and nothing but the SM's own link
-    limits the rate. Everything comes late by `extra` ticks: (of K and V, of the rest)."""
+    limits the rate. Everything comes late by `extra` ticks: (what is loaded for each KV tile, the rest)."""
 
     def __init__(self, sim: Simulation, costs: Costs, tma: bool, extra: tuple[int, int] = (0, 0)) -> None:
         m, t = costs.device.memory, costs.device.tma
@@ -101,7 +107,9 @@ class PrivateMemory:
     def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
         tensor = key[0]
         self.fetched[tensor] = self.fetched.get(tensor, 0) + 1
-        return self.sim.now + (self._extra[0] if tensor in SHARED_TENSORS else self.miss + self._extra[1])
+        extra = self._extra[0] if tensor in STREAMED_TENSORS else self._extra[1]
+        return self.sim.now + extra + (0 if tensor in SHARED_TENSORS else self.miss)
 
-    def write(self, key: Key, size_byte: int) -> None:
+    def write(self, key: Key, size_byte: int) -> int:
         self.written[key[0]] = self.written.get(key[0], 0) + 1
+        return self.sim.now

@@ -190,11 +190,11 @@ class SyncProduct:
 
 
 class Load:
-    """A copy from HBM to shared memory.
+    """A copy from HBM to shared memory or registers.
 
     Timing assumption: a request goes to L2, from there to HBM if L2 does not hold the tile; the tile then crosses the
-    SM's link. TMA holds the issuing warp for `issue_clk`; cp.async for four cycles an instruction, and it takes the
-    shared-memory port when the data arrives.
+    SM's link. TMA holds the issuing warp for `issue_clk`; cp.async and plain loads for four cycles an instruction of
+    16 bytes a thread, and they take the port of the shared memory, which is also that of the L1, when the data arrives.
     """
 
     __slots__ = ("completion", "effect", "into", "source")
@@ -207,8 +207,8 @@ class Load:
 
     def perform(self, agent: Agent) -> Steps:
         sm, sim = agent.sm, agent.sim
-        agent.sim.start(self._travel(agent, sim.now))
-        if agent.cta.kernel.copy == "tma":
+        sim.start(self._travel(agent))
+        if self._by_tma(agent):
             tma = sm.costs.device.tma
             assert tma is not None
             yield sim.at(sm.serve(sm.tma, ticks(tma.issue_clk)))
@@ -216,7 +216,10 @@ class Load:
             instructions = -(-self.into.size_byte // (16 * THREADS))
             yield sim.at(sim.now + sm.vary("issue", ticks(4 * instructions)))
 
-    def _travel(self, agent: Agent, issued: int) -> Steps:
+    def _by_tma(self, agent: Agent) -> bool:
+        return agent.cta.kernel.copy == "tma" and self.into.place == "shared"
+
+    def _travel(self, agent: Agent) -> Steps:
         sm, sim = agent.sm, agent.sim
         size = self.source.size_byte
         sharers = agent.cta.kernel.cluster if self.source.tensor in ("K", "V") else 1
@@ -225,7 +228,7 @@ class Load:
             yield sim.at(ready)
         crossed = sm.serve(sm.link, agent.link_rate(size))
         yield sim.at(crossed + sm.vary("memory", sm.memory.latency))
-        if agent.cta.kernel.copy == "cp.async":
+        if not self._by_tma(agent):
             yield sim.at(sm.serve(sm.smem, sm.costs.smem(self.into.size_byte)))
         if self.effect:
             self.effect()
@@ -238,8 +241,8 @@ class Store:
     """A copy to HBM.
 
     Timing assumption: from shared memory, TMA reads the tile through the port while the warp goes on, and the slot is
-    free when the link has taken it; from registers, the tile passes through shared memory first, so that the stores
-    coalesce, and the warp is held until the port has let it through twice.
+    free when L2 has taken it; from registers, the tile passes through shared memory first, so that the stores coalesce,
+    and the warp is held until the port has let it through twice and the link and L2 have taken it.
     """
 
     __slots__ = ("completion", "effect", "into", "source")
@@ -259,7 +262,9 @@ class Store:
                 self.effect = None
             if self.source.shape[1] > 1:
                 yield sim.at(sm.serve(sm.smem, 2 * sm.costs.smem(size)))
-            sim.start(self._travel(agent))
+            crossed = sm.serve(sm.link, agent.link_rate(size))
+            yield sim.at(max(crossed, sm.memory.write(self.into.key, size)))
+            self.completion.done()
             return
         tma = sm.costs.device.tma
         assert tma is not None
@@ -269,10 +274,9 @@ class Store:
     def _travel(self, agent: Agent) -> Steps:
         sm, sim = agent.sm, agent.sim
         size = self.into.size_byte
-        if self.source.place == "shared":
-            yield sim.at(sm.serve(sm.smem, sm.costs.smem(size)))
+        yield sim.at(sm.serve(sm.smem, sm.costs.smem(size)))
         yield sim.at(sm.serve(sm.link, agent.link_rate(size)) + sm.vary("memory", sm.memory.latency))
-        sm.memory.write(self.into.key, size)
+        yield sim.at(sm.memory.write(self.into.key, size))
         if self.effect:
             self.effect()
         self.completion.done()

@@ -18,8 +18,8 @@ from flashsim.machine.cta import CTA
 from flashsim.machine.memory import PrivateMemory
 from flashsim.machine.options import Options
 from flashsim.machine.sm import SM, UNITS
-from flashsim.machine.tiles import Shortened
-from flashsim.problem import AttentionProblem, KVWalk, kv_tiles, num_q_tiles
+from flashsim.machine.tiles import Shortened, walk_of
+from flashsim.problem import AttentionProblem, KVWalk, num_q_tiles
 from flashsim.schedules.base import Kernel
 
 
@@ -68,7 +68,7 @@ class Probe:
         """The class of query block `m_block` of every head."""
         if m_block not in self._classes:
             p, k = self.problem, self.kernel
-            walk = kv_tiles(p, m_block, k.BLOCK_M, k.BLOCK_N)
+            walk = walk_of(k, p, m_block)
             short_q = (m_block + 1) * k.BLOCK_M > p.seqlen_q
             short_k = (walk.first + 1) * k.BLOCK_N > p.seqlen_k
             self._classes[m_block] = TileClass(walk.count, walk.partial, short_q, short_k)

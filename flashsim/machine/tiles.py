@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from flashsim.machine.buffers import ELEMENT_BYTES
 from flashsim.problem import AttentionProblem, KVWalk, kv_tiles
+from flashsim.schedules.base import Kernel
 
 Coordinates = tuple[int, int, int]
 """(m_block, head, batch) of a work tile."""
@@ -19,64 +20,90 @@ class Shortened(NamedTuple):
 
 
 class HbmTile:
-    """`count` rows from `start` of one head of a tensor; rows past its end are zero when read and dropped when written.
+    """Rows and columns of one head of a tensor; what lies past its end is zero when read and dropped when written.
 
     `key` names the block that it is, or is a part of, for the L2 cache.
     """
 
-    __slots__ = ("batch", "count", "dtype", "head", "key", "limit", "place", "shape", "start", "tensor")
+    __slots__ = ("batch", "dtype", "end", "head", "key", "origin", "place", "shape", "tensor")
 
     def __init__(
-        self, tensor: str, batch: int, head: int, start: int, count: int, limit: int, width: int, dtype: str
+        self,
+        tensor: str,
+        batch: int,
+        head: int,
+        origin: tuple[int, int],
+        shape: tuple[int, int],
+        end: tuple[int, int],
+        dtype: str,
     ) -> None:
+        """`origin` is the first row and column, `end` the rows and columns that the tensor has."""
         self.tensor = tensor
         self.batch = batch
         self.head = head
-        self.start = start
-        self.count = count
-        self.limit = limit
-        """Rows that the tensor has: this tile's rows from there on do not exist."""
-        self.shape = (count, width)
+        self.origin = origin
+        self.shape = shape
+        self.end = end
         self.dtype = dtype
         self.place = "hbm"
-        self.key = (tensor, batch, head, start, count)
+        self.key = (tensor, batch, head, *origin)
 
     def rows(self, start: int, count: int) -> HbmTile:
-        if start == 0 and count == self.count:
+        if start == 0 and count == self.shape[0]:
             return self
-        width = self.shape[1]
-        return HbmTile(self.tensor, self.batch, self.head, self.start + start, count, self.limit, width, self.dtype)
+        origin = (self.origin[0] + start, self.origin[1])
+        return HbmTile(self.tensor, self.batch, self.head, origin, (count, self.shape[1]), self.end, self.dtype)
+
+    @property
+    def _exist(self) -> tuple[int, int]:
+        """Rows and columns of this tile that lie within the tensor."""
+        rows, columns = (max(0, min(n, e - o)) for n, e, o in zip(self.shape, self.end, self.origin, strict=True))
+        return rows, columns
 
     @property
     def size_byte(self) -> int:
         """Bytes that exist and have to be moved."""
-        exist = min(self.count, self.limit - self.start)
-        return max(exist, 0) * self.shape[1] * ELEMENT_BYTES[self.dtype]
+        rows, columns = self._exist
+        return rows * columns * ELEMENT_BYTES[self.dtype]
 
     @property
     def full_byte(self) -> int:
         """Bytes of a tile of this shape that lies within its tensor."""
-        return self.count * self.shape[1] * ELEMENT_BYTES[self.dtype]
+        return self.shape[0] * self.shape[1] * ELEMENT_BYTES[self.dtype]
+
+    def _part(self, tensors: dict[str, Any]) -> Any:
+        """The view of the tensor that this tile covers, (rows, columns)."""
+        (rows, columns), (row, column) = self._exist, self.origin
+        head = tensors[self.tensor][self.batch, row : row + rows, self.head]
+        return (head[:, None] if head.ndim == 1 else head)[:, column : column + columns]
 
     def read(self, tensors: dict[str, Any]) -> Any:
-        """The numbers, float64 (count, width); rows that do not exist are zero, as TMA fills them."""
+        """The numbers, float64 `shape`; what does not exist is zero, as TMA fills it."""
         import numpy as np
 
         array = np.zeros(self.shape)
-        there = tensors[self.tensor][self.batch, self.start : min(self.start + self.count, self.limit), self.head]
-        array[: len(there)] = there.reshape(len(there), self.shape[1])
+        rows, columns = self._exist
+        array[:rows, :columns] = self._part(tensors)
         return array
 
     def write(self, tensors: dict[str, Any], array: Any) -> None:
-        """Store `array` (count, width); rows that do not exist are dropped."""
-        target = tensors[self.tensor]
-        stop = min(self.start + self.count, self.limit)
-        if stop > self.start:
-            shape = target[self.batch, self.start : stop, self.head].shape
-            target[self.batch, self.start : stop, self.head] = array[: stop - self.start].reshape(shape)
+        """Store `array` (`shape`); what does not exist is dropped."""
+        rows, columns = self._exist
+        self._part(tensors)[...] = array[:rows, :columns]
 
     def __str__(self) -> str:
-        return f"{self.tensor}(batch {self.batch}, head {self.head}, rows {self.start} to {self.start + self.count - 1})"
+        (row, column), (rows, columns) = self.origin, self.shape
+        which = f", columns {column} to {column + columns - 1}" if columns < self.end[1] else ""
+        return f"{self.tensor}(batch {self.batch}, head {self.head}, rows {row} to {row + rows - 1}{which})"
+
+
+def walk_of(kernel: Kernel, problem: AttentionProblem, m_block: int) -> KVWalk:
+    """The KV tiles that `kernel` visits for query block `m_block`, the partial ones first."""
+    walk = kv_tiles(problem, m_block, kernel.BLOCK_M, kernel.BLOCK_N)
+    if not kernel.dense:
+        return walk
+    count = -(-problem.seqlen_k // kernel.BLOCK_N)
+    return KVWalk(count - 1, count, walk.partial + count - walk.count)
 
 
 class WorkTile:
@@ -89,34 +116,41 @@ class WorkTile:
     def __init__(
         self,
         problem: AttentionProblem,
-        where: Coordinates,
-        BLOCK_M: int,
-        BLOCK_N: int,
+        kernel: Kernel,
+        where: Coordinates | Shortened,
         index: int,
         first: int,
-        walk: KVWalk | None = None,
     ) -> None:
-        """`index` non-empty work tiles and `first` KV tiles came before this one in its CTA; `walk` replaces the KV tiles
-        that the problem's mask gives it."""
-        p = problem
-        self.problem = p
-        self.m_block, self.head, self.batch = where
-        self.block_n = BLOCK_N
-        self.row0 = self.m_block * BLOCK_M
-        self._walk = walk or kv_tiles(p, self.m_block, BLOCK_M, BLOCK_N)
+        """`index` non-empty work tiles and `first` KV tiles came before this one in its CTA."""
+        p = self.problem = problem
+        if isinstance(where, Shortened):
+            (self.m_block, self.head, self.batch), self._walk = where
+        else:
+            self.m_block, self.head, self.batch = where
+            self._walk = walk_of(kernel, p, self.m_block)
+        self.block_n = kernel.BLOCK_N
+        self.row0 = self.m_block * kernel.BLOCK_M
         self.index = index
         self.first = first
         self.count = self._walk.count
         self.last = first + self.count - 1
-        query = (self.batch, self.head, self.row0, BLOCK_M, p.seqlen_q)
-        self.Q = HbmTile("Q", *query, p.head_dim, p.dtype)
-        self.O = HbmTile("O", *query, p.head_dim_v, p.dtype)
-        self.LSE = HbmTile("LSE", *query, 1, "fp32")
+        self.Q = self._queries("Q", kernel.BLOCK_M, p.head_dim, p.dtype)
+        self.O = self._queries("O", kernel.BLOCK_M, p.head_dim_v, p.dtype)
+        self.LSE = self._queries("LSE", kernel.BLOCK_M, 1, "fp32")
+
+    def _queries(self, tensor: str, rows: int, width: int, dtype: str) -> HbmTile:
+        end = (self.problem.seqlen_q, width)
+        return HbmTile(tensor, self.batch, self.head, (self.row0, 0), (rows, width), end, dtype)
 
     def _keys(self, tensor: str, j: int, width: int) -> HbmTile:
-        p, block = self.problem, self.block(j)
-        head = self.head // p.heads_per_kv
-        return HbmTile(tensor, self.batch, head, block * self.block_n, self.block_n, p.seqlen_k, width, p.dtype)
+        p = self.problem
+        origin, shape, end = (self.block(j) * self.block_n, 0), (self.block_n, width), (p.seqlen_k, width)
+        return HbmTile(tensor, self.batch, self.head // p.heads_per_kv, origin, shape, end, p.dtype)
+
+    def _scores(self, tensor: str, j: int) -> HbmTile:
+        p = self.problem
+        origin, shape = (self.row0, self.block(j) * self.block_n), (self.Q.shape[0], self.block_n)
+        return HbmTile(tensor, self.batch, self.head, origin, shape, (p.seqlen_q, p.seqlen_k), p.dtype)
 
     def block(self, j: int) -> int:
         """Which block of keys KV tile j is."""
@@ -128,13 +162,14 @@ class WorkTile:
     def V(self, j: int) -> HbmTile:  # noqa: N802
         return self._keys("V", j, self.problem.head_dim_v)
 
+    def S(self, j: int) -> HbmTile:  # noqa: N802
+        return self._scores("S", j)
+
+    def P(self, j: int) -> HbmTile:  # noqa: N802
+        return self._scores("P", j)
+
     def partial(self, j: int) -> bool:
         return j - self.first < self._walk.partial
-
-    @property
-    def partial_count(self) -> int:
-        """How many of the KV tiles, the first ones, need masking."""
-        return self._walk.partial
 
     def __str__(self) -> str:
         return f"query block {self.m_block} of head {self.head}, batch {self.batch}"

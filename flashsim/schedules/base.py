@@ -64,8 +64,10 @@ class Kernel:
     """CTAs that load K and V together, each a part, by multicast."""
     overhead_instructions: int = 0
     """Warp instructions a KV tile costs beside those that the verbs stand for: addresses, predicates, the loop."""
-    start_clk: int | None = None
-    """Cycles from the start of a CTA to its first statement; None: the device's."""
+    dense: bool = False
+    """Visits every KV tile, those that the mask hides too."""
+    library: bool = False
+    """A framework's kernel, which moves data at the rate that such kernels reach, not at the best there is."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ class Schedule:
     def complaints(self, problem: AttentionProblem) -> list[str]:
         """What is wrong with this combination of switches, one line each."""
         return []
+
+    def workspace_byte(self, problem: AttentionProblem) -> int:
+        """Device memory that a call needs beside its inputs and outputs."""
+        return 0
 
     @classmethod
     def name(cls) -> str:

@@ -95,7 +95,9 @@ class WorkTile(Protocol):
     def K(self, j: int) -> Operand: ...  # noqa: N802
     def V(self, j: int) -> Operand: ...  # noqa: N802
     def S(self, j: int) -> Operand:  # noqa: N802
-        """The tile of the score matrix, for schedules that keep it in HBM."""
+        """The tile of the score matrix, for schedules that keep it in HBM; P(j) the same of its softmax."""
+
+    def P(self, j: int) -> Operand: ...  # noqa: N802
 
     def partial(self, j: int) -> bool:
         """True if the mask, or the end of the keys, hides part of KV tile j from this tile's queries."""
@@ -115,7 +117,7 @@ class Warpgroup(Protocol):
         """The running numbers of the tile's KV tiles, without the first `start`. The machine owns this iterator."""
 
     def load(self, source: Operand, into: Operand) -> Awaitable:
-        """Copy from HBM to shared memory, by TMA or cp.async. A ring's slot is full when its load has landed."""
+        """Copy from HBM to shared memory, by TMA or cp.async, or to registers. A ring's slot is full when it has landed."""
 
     def store(self, source: Operand, into: Operand) -> Awaitable:
         """Copy from shared memory (by TMA) or registers to HBM."""
@@ -155,6 +157,8 @@ class Registers(Protocol):
     """Where a role declares the register tiles of one of its warpgroups."""
 
     problem: AttentionProblem
+    kernel: Any
+    """The `schedules.base.Kernel` that is declared."""
     index: int
 
     def tile(self, name: str, shape: tuple[int, int], dtype: str = "fp32", over: Operand | None = None) -> Operand:

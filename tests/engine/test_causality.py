@@ -188,7 +188,7 @@ def test_rows_that_overlap_by_one_race() -> None:
 
 @pytest.mark.parametrize("first", ["write", "read"])
 def test_a_write_of_some_rows_does_not_hide_what_was_done_to_others(first: str) -> None:
-    """a touches rows 0 to 127, then b, who knows, writes rows 64 to 191: c must know of a for row 0, of b for row 64."""
+    """a touches rows 0 to 127, then b, who knows, writes 64 to 191: c must know of a for row 0, of b for row 64."""
     a, b, c = parties()
     memory = Memory("Q")
     getattr(a, first)(memory, (0, 128))

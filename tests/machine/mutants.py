@@ -12,6 +12,8 @@ from dataclasses import dataclass
 VERBS = ("load", "store", "gemm", "map", "reduce", "convert")
 """Calls that issue an operation: without `yield` they still do, and nobody waits for its end."""
 SIGNALS = ("release", "pass_on")
+STILL_A_GENERATOR = "yield from ()"
+"""What stands for a wait that is gone: a function without any `yield` would be another kind of function."""
 PROBE = "EXECUTED"
 """Name of the set in a probed file that collects the lines of the statements that ran."""
 
@@ -74,7 +76,7 @@ def _changes(value: ast.expr) -> Iterator[tuple[str, str]]:
         if isinstance(awaited, ast.Call) and _method(awaited) in VERBS:
             yield "not awaited", ast.unparse(awaited)
         else:
-            yield "removed", "pass"
+            yield "removed", STILL_A_GENERATOR
         # A turn's `wait` is a pure question; a sync's also says that this warpgroup has come.
         if isinstance(awaited, ast.Call) and _method(awaited) == "wait" and "turn" not in ast.unparse(awaited):
             yield "arrives only", ast.unparse(awaited)
