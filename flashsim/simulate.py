@@ -43,9 +43,9 @@ def simulate(
 
     `schedule` and `gpu` are names, files, or what they load to; `options` sets switches, as text or values. `clock_mhz`
     is the SM clock, by default the one that the datasheet's TFLOP/s assume. `full` simulates every SM and CTA with
-    one L2 and one HBM; otherwise what is alike is simulated once. `functional` computes in float64 on random inputs made
-    from `seed`, `functional="dtype"` rounds every tile to its dtype; it always simulates everything. `draw` replaces
-    durations, for tests.
+    one L2 and one HBM; otherwise what is alike is simulated once. `functional` computes in float64 on random inputs
+    made from `seed`, `functional="dtype"` rounds every tile to its dtype; it always simulates everything. `draw`
+    replaces durations, for tests.
 
     Raises InputError with everything that is wrong with the request, Infeasible where a kernel does not fit, and
     Deadlock, Race or Hazard for a schedule that is wrong.
@@ -81,7 +81,7 @@ def _fits_memory(problem: AttentionProblem, schedule: Schedule, device: DeviceSp
     if problem.memory_bytes + workspace > device.memory.hbm_byte:
         beside = f" and {workspace / 1e9:.1f} GB beside them" if workspace else ""
         raise InputError(
-            f"schedule {schedule.name()} needs {problem.memory_bytes / 1e9:.1f} GB for the tensors of this problem{beside}, "
+            f"schedule {schedule.name()} needs {problem.memory_bytes / 1e9:.1f} GB for this problem's tensors{beside}, "
             f"{device.name} has {device.memory.hbm_byte / 1e9:.1f} GB"
         )
 
@@ -107,7 +107,12 @@ def _tensors(problem: AttentionProblem, seed: int) -> dict[str, Any]:
         )
     q, k, v = random_inputs(problem, seed)
     rows = (problem.batch, problem.seqlen_q, problem.heads_q)
-    outputs = {"O": (*rows, problem.head_dim_v), "LSE": rows, "S": (*rows, problem.seqlen_k), "P": (*rows, problem.seqlen_k)}
+    outputs = {
+        "O": (*rows, problem.head_dim_v),
+        "LSE": rows,
+        "S": (*rows, problem.seqlen_k),
+        "P": (*rows, problem.seqlen_k),
+    }
     return {"Q": q, "K": k, "V": v} | {name: np.full(shape, np.nan) for name, shape in outputs.items()}
 
 

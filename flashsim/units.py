@@ -31,7 +31,7 @@ def us_of_ticks(duration: int, clock_mhz: float) -> float:
 
 
 class Rate:
-    """Ticks for a whole number of units (bytes, instructions), at a rate that is rounded once, to 2**-20 ticks a unit."""
+    """Ticks for a whole number of units (bytes, say), at a rate that is rounded once, to 2**-20 ticks a unit."""
 
     __slots__ = ("_scaled",)
 

@@ -3,7 +3,8 @@
 Every party of a run (a warpgroup, or a queue of asynchronous operations) is a `Timeline`. A clock says how far of every
 timeline is known to lie in the past; signals and waits hand clocks on. Two accesses to one memory of which one is a
 write are a race unless the earlier one lies in the clock of the later one, *whatever the simulated times were*: that
-units happened to serve two operations in order orders nothing (Lamport 1978; Flanagan and Freund, FastTrack, PLDI 2009).
+units happened to serve two operations in order orders nothing (Lamport 1978; Flanagan and Freund, FastTrack, PLDI
+2009).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Discrete events in integer time. The only module family that imports simpy: the rest of flashsim sees `Simulation`."""
+"""Discrete events in integer time, by simpy, which nothing outside of this package imports."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Simulation:
 
     def call(self, time: int, action: Callable[[], None]) -> None:
         """Do `action` at `time`."""
-        self.at(time).callbacks.append(lambda _: action())  # type: ignore[union-attr]
+        self.at(time).callbacks.append(lambda _: action())
 
     def event(self) -> Event:
         """An event that fires when `fire` is called on it."""

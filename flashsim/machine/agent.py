@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from flashsim.engine import Clock, Completion, Steps, Wait, join
 from flashsim.errors import SimulationError
 from flashsim.machine.buffers import Buffer, View
-from flashsim.machine.operations import AsyncProduct, Batch, Load, Overhead, Signal, Store, SyncProduct
+from flashsim.machine.copies import Load, Store
+from flashsim.machine.operations import Batch, Overhead, Signal
+from flashsim.machine.products import AsyncProduct, SyncProduct
 from flashsim.machine.record import Record
 from flashsim.machine.tiles import HbmTile, WorkTile
 from flashsim.schedules.base import Role
@@ -153,7 +155,9 @@ class Agent:
 
     def gemm(self, a: View, b: View, into: View, accumulate: bool = False) -> Completion:
         if a.shape[1] != b.shape[0] or into.shape != (a.shape[0], b.shape[1]):
-            raise SimulationError(f"{self.where()}: gemm of {a.shape} and {b.shape} into {into.shape}: shapes do not fit")
+            raise SimulationError(
+                f"{self.where()}: gemm of {a.shape} and {b.shape} into {into.shape}: shapes do not fit"
+            )
         completion = self._completion("gemm", a, b, into)
         asynchronous = self.cta.kernel.mma == "wgmma"
         effect = self.record.gemm(a, b, into, accumulate, completion, asynchronous) if self.record else None
@@ -170,7 +174,9 @@ class Agent:
     def convert(self, tile: View, into: View) -> Completion:
         return self._compute("convert", "", (tile,), into, ())
 
-    def _compute(self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]) -> Completion:
+    def _compute(
+        self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]
+    ) -> Completion:
         """Add a register operation to the batch that the text is in the middle of."""
         batch = self._batch
         if batch is None:

@@ -20,7 +20,19 @@ ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 class Buffer:
     """One tile of memory: `shape` elements of `dtype` at a `place`."""
 
-    __slots__ = ("array", "dtype", "empty_because", "memory", "name", "place", "ring", "shape", "slot", "transposed", "whole")
+    __slots__ = (
+        "array",
+        "dtype",
+        "empty_because",
+        "memory",
+        "name",
+        "place",
+        "ring",
+        "shape",
+        "slot",
+        "transposed",
+        "whole",
+    )
 
     def __init__(self, name: str, shape: tuple[int, int], dtype: str, place: str, functional: bool) -> None:
         self.name = name
@@ -47,7 +59,6 @@ class Buffer:
 
         self.array = np.full(self.shape, np.nan)
         self.empty_because = because
-
 
     def holds_something(self) -> bool:
         """True if numbers are in it that nobody has released; known in a functional run only."""
@@ -112,7 +123,8 @@ class View:
 
 
 class Ring:
-    """Slots in shared memory with a full and an empty mbarrier each; item j lives in slot j mod stages, phase j // stages."""
+    """Slots in shared memory with a full and an empty mbarrier each; item j lives in slot j mod stages, phase j
+    // stages."""
 
     def __init__(self, cta: CTA, name: str, shape: tuple[int, int], stages: int, consumers: int, dtype: str) -> None:
         self.cta = cta

@@ -2,8 +2,8 @@
 
 A warpgroup is four warps, one on each sub-partition, that do the same on different rows. A register tile of r x c is
 spread over its 128 threads, r c / 128 values each; a row vector gives each thread r / 32 values (the four threads of a
-quad hold the same row). A rate of n thread instructions per clock and SM lets one instruction of all 128 threads through
-in 128 / n clocks.
+quad hold the same row). A rate of n thread instructions per clock and SM lets one instruction of all 128 threads
+through in 128 / n clocks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ THREADS = 128
 LDSM_BYTE = 512
 """What ldmatrix.x4 reads for one warp: four 8 x 8 matrices of 16-bit elements."""
 EXP_CHUNKS = 4
-"""Pieces in which a tile's exponentials are issued, so that another warpgroup's can come in between. The result moves by
-less than 1 % between 2 and 16 pieces."""
+"""Pieces in which a tile's exponentials are issued, so that another warpgroup's can come in between (assumed)."""
 MASK_INSTRUCTIONS = 5
-"""ALU instructions per element of a masked tile. The compiled loops show two (compare, select); 5 is fitted to the causal
-rows of the locked-clock session, where it may stand for other costs of a query tile."""
+"""ALU instructions per element of a masked tile. The compiled loops show two (compare, select); 5 is fitted to the
+causal rows of the locked-clock session, where it may stand for other costs of a query tile."""
 
 
 class Count(NamedTuple):
@@ -126,7 +125,7 @@ class Costs:
         return ticks(instructions * interval), read
 
     def mma_sync(self, m: int, n: int, k: int, a_in_shared: bool) -> tuple[int, int, int, int]:
-        """(steps of 16 along k, tensor core ticks a step, LDSMs a step, port ticks an LDSM) of m x n x k by one warpgroup.
+        """m x n x k by one warpgroup: (steps of 16 along k, tensor ticks a step, LDSMs a step, port ticks an LDSM).
 
         Each warp has m / 4 rows, m16n8k16 instructions; it reads its own rows of A and all of B, 512 bytes an LDSM.
         """

@@ -79,7 +79,8 @@ class CTA:
         return self._tiles[index] if index < len(self._tiles) else None
 
     def leftovers(self) -> list[str]:
-        """What is wrong at the end: slots that still hold something, barriers in the wrong phase. Empty if all is well."""
+        """What is wrong at the end: slots that still hold something, barriers in the wrong phase. Empty if
+        all is well."""
         lines = [line for ring in self._rings for line in ring.leftovers()]
         lines += [line for sync in self._syncs if (line := sync.barrier.leftover(sync.barrier.completed))]
         return lines + [line for turn in self._turns if (line := turn.leftover())]

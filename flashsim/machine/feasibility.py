@@ -33,14 +33,15 @@ def fit(kernel: Kernel, problem: AttentionProblem, device: DeviceSpec) -> Fit:
     for feature, there in (("wgmma", device.wgmma), ("tma", device.tma)):
         if feature in (kernel.mma, kernel.copy) and there is None:
             reasons.append(f"{kernel.name} needs {feature}, which {device.name} ({device.architecture}) has not")
+    tile = f"BLOCK_M = {kernel.BLOCK_M}, BLOCK_N = {kernel.BLOCK_N}"
     smem = SharedNeed(problem)
     kernel.shared(smem)
     smem_byte = smem.total
     if smem_byte > device.smem.per_cta_max_byte:
         parts = ", ".join(f"{name} {size}" for name, size in smem.parts.items())
         reasons.append(
-            f"{kernel.name} with BLOCK_M = {kernel.BLOCK_M}, BLOCK_N = {kernel.BLOCK_N} needs {smem_byte} bytes of shared "
-            f"memory ({parts}), {device.name} has {device.smem.per_cta_max_byte} for a CTA"
+            f"{kernel.name} with {tile} needs {smem_byte} bytes of shared memory ({parts}), "
+            f"{device.name} has {device.smem.per_cta_max_byte} for a CTA"
         )
     need = {role.name: registers_per_thread(role, kernel, problem) for role in kernel.roles}
     registers = warps = 0
@@ -48,8 +49,8 @@ def fit(kernel: Kernel, problem: AttentionProblem, device: DeviceSpec) -> Fit:
         limit = min(role.registers_per_thread, device.sm.max_registers_per_thread)
         if need[role.name] > limit:
             reasons.append(
-                f"{kernel.name} with BLOCK_M = {kernel.BLOCK_M}, BLOCK_N = {kernel.BLOCK_N} needs {need[role.name]} "
-                f"registers per thread of a {role.name} ({OTHER_REGISTERS} of them beside its tiles), the limit is {limit}"
+                f"{kernel.name} with {tile} needs {need[role.name]} registers per thread of a {role.name} "
+                f"({OTHER_REGISTERS} of them beside its tiles), the limit is {limit}"
             )
         # Where a kernel reallocates registers between roles it takes each role's limit; else what the role needs.
         each = limit if len(kernel.roles) > 1 else min(need[role.name], limit)

@@ -1,4 +1,5 @@
-"""The whole GPU: every SM and every CTA of a kernel in one simulation. Nothing is skipped and nothing is assumed alike."""
+"""The whole GPU: every SM and every CTA of a kernel in one simulation. Nothing is skipped and nothing is assumed
+alike."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from flashsim.errors import Deadlock, Hazard
 from flashsim.machine.costs import Costs
 from flashsim.machine.cta import CTA
 from flashsim.machine.feasibility import fit
-from flashsim.machine.grid import tile_at, tile_count
+from flashsim.machine.grid import WorkTiles
 from flashsim.machine.memory import PrivateMemory, SharedMemory
 from flashsim.machine.options import Options
 from flashsim.machine.sm import SM, UNITS
@@ -71,17 +72,13 @@ class FullSimulation:
         private = PrivateMemory(sim, costs, tma)
         memory = private if o.private_memory else shared
         self._sms = [_Sm(SM(sim, costs, memory, o.draw)) for _ in range(self.device.sm.count)]
-        self._where = tile_at(k, self.problem)
-        self._tiles = tile_count(k, self.problem)
-        self._next = 0
         self._running: dict[CTA, _Sm] = {}
         self._ended: list[CTA] = []
         launch = costs.ns(self.device.launch.kernel_us * 1000)
         interval = costs.ns(self.device.launch.cta_interval_ns)
-        slots = len(self._sms) * per_sm
-        for position in range(min(slots, self._tiles)):
-            at = launch + position * interval
-            sim.start(self._start(self._sms[position % len(self._sms)], at, self._source(position, slots)))
+        grid = self._grid = WorkTiles(k, self.problem, slots=len(self._sms) * per_sm)
+        for slot in range(min(grid.slots, grid.count)):
+            sim.start(self._start(self._sms[slot % len(self._sms)], launch + slot * interval, grid.of_slot(slot)))
         sim.run(o.max_events)
         self._check()
         busy = {name: sum(s.sm.units[name].busy for s in self._sms) for name in UNITS}
@@ -96,17 +93,6 @@ class FullSimulation:
             events=sim.events,
             ctas_per_sm=per_sm,
         )
-
-    def _source(self, position: int, slots: int) -> Iterator[Coordinates]:
-        """The work tiles of the CTA in slot `position`, of CTAs that take many; of the next CTA, if each takes one."""
-        if self.kernel.grid.launch == "static":
-            return (self._where(i) for i in range(position, self._tiles, slots))
-        return self._counter()
-
-    def _counter(self) -> Iterator[Coordinates]:
-        while self._next < self._tiles:
-            self._next += 1
-            yield self._where(self._next - 1)
 
     def _start(self, host: _Sm, at: int, source: Iterator[Coordinates]) -> Any:
         """Start a CTA on `host` at tick `at`."""
@@ -132,8 +118,8 @@ class FullSimulation:
         self._end = self._sim.now
         if host.resident == 0:
             host.active += self._sim.now - host.since
-        if self.kernel.grid.launch == "cta" and self._next < self._tiles:
-            self._sim.start(self._start(host, self._sim.now, self._counter()))
+        if self.kernel.grid.launch == "cta" and self._grid.left:
+            self._sim.start(self._start(host, self._sim.now, self._grid.next_ones()))
 
     def _check(self) -> None:
         """Everybody has finished, and left everything as it should be."""

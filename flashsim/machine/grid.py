@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from flashsim.machine.tiles import Coordinates
 from flashsim.problem import AttentionProblem, num_q_tiles
@@ -40,3 +40,31 @@ def tile_at(kernel: Kernel, problem: AttentionProblem) -> Callable[[int], Coordi
 def tile_count(kernel: Kernel, problem: AttentionProblem) -> int:
     """Work tiles of the whole grid."""
     return num_q_tiles(problem, kernel.BLOCK_M) * problem.heads_q * problem.batch
+
+
+class WorkTiles:
+    """The work tiles of a launch, handed out to its CTAs; `slots` is how many CTAs are resident at a time."""
+
+    def __init__(self, kernel: Kernel, problem: AttentionProblem, slots: int) -> None:
+        self.slots = slots
+        self.count = tile_count(kernel, problem)
+        self._at = tile_at(kernel, problem)
+        self._static = kernel.grid.launch == "static"
+        self._next = 0
+
+    @property
+    def left(self) -> int:
+        """Work tiles that nobody has asked for yet."""
+        return self.count - self._next
+
+    def of_slot(self, slot: int) -> Iterator[Coordinates]:
+        """The work tiles of the CTAs in `slot`: dealt out in turn if the launch is static, else whatever comes next."""
+        if self._static:
+            return (self._at(position) for position in range(slot, self.count, self.slots))
+        return self.next_ones()
+
+    def next_ones(self) -> Iterator[Coordinates]:
+        """Work tiles in order, each when it is asked for."""
+        while self._next < self.count:
+            self._next += 1
+            yield self._at(self._next - 1)

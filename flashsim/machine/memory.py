@@ -90,8 +90,8 @@ class SharedMemory:
 
 
 class PrivateMemory:
-    """Memory that no other SM uses: K and V are in L2, what only one CTA reads is not, and nothing but the SM's own link
-    limits the rate. Everything comes late by `extra` ticks: (what is loaded for each KV tile, the rest)."""
+    """Memory that no other SM uses: K and V are in L2, what only one CTA reads is not, and nothing but the SM's own
+    link limits the rate. Everything comes late by `extra` ticks: (what is loaded for each KV tile, the rest)."""
 
     def __init__(self, sim: Simulation, costs: Costs, tma: bool, extra: tuple[int, int] = (0, 0)) -> None:
         m, t = costs.device.memory, costs.device.tma

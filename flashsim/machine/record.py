@@ -20,8 +20,8 @@ Effect = Callable[[], None]
 
 
 class Record:
-    """Timelines of one warpgroup: its own, one for its products and one for its stores, which complete in order of issue
-    (wgmma groups and bulk-copy groups are waited for in commit order), and one for the loads into each buffer."""
+    """Timelines of one warpgroup: its own, one for its products and one for its stores, which complete in order of
+    issue (wgmma groups and bulk-copy groups are waited for in commit order), and one for the loads into each buffer."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
@@ -94,9 +94,7 @@ class Record:
 
         return effect
 
-    def compute(
-        self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]
-    ) -> Effect:
+    def compute(self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]) -> Effect:
         """A register operation, ordered by the scoreboard."""
         from flashsim.numerics.verbs import MAP, REDUCE
 

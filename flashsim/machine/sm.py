@@ -15,14 +15,13 @@ Draw = Callable[[str, int], int]
 
 
 class SM:
-    """Timing assumption: every unit serves in order of arrival, one operation at a time, at the granularity of the verbs:
-    a wgmma group, one k-step of mma.sync, a quarter of a tile's exponentials, all of a tile's other instructions."""
+    """Timing assumption: every unit serves in order of arrival, one operation at a time: a wgmma group, the MMAs of one
+    k-step or one LDSM of mma.sync, a quarter of a tile's exponentials, all of a tile's other instructions."""
 
-    def __init__(self, sim: Simulation, costs: Costs, memory: Memory, index: int = 0, draw: Draw | None = None) -> None:
+    def __init__(self, sim: Simulation, costs: Costs, memory: Memory, draw: Draw | None = None) -> None:
         self.sim = sim
         self.costs = costs
         self.memory = memory
-        self.index = index
         self.draw = draw
         self.units = {name: Server(sim, name) for name in UNITS}
         self.tensor = self.units["tensor"]

@@ -110,7 +110,8 @@ class WorkTile:
     """One block of queries of one head, and the KV tiles that it visits."""
 
     __slots__ = (
-        "LSE", "O", "Q", "_walk", "batch", "block_n", "count", "first", "head", "index", "last", "m_block", "problem", "row0",
+        "LSE", "O", "Q", "_walk", "batch", "block_n", "count", "first", "head", "index", "last", "m_block", "problem",
+        "row0",
     )  # fmt: skip
 
     def __init__(

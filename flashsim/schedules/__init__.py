@@ -30,6 +30,7 @@ def load_schedule(name: str) -> type[Schedule]:
     if name in BUILT_IN:
         module = importlib.import_module(f"flashsim.schedules.{name}")
         found = getattr(module, BUILT_IN[name])
+        assert isinstance(found, type)
         assert issubclass(found, Schedule)
         return found
     path, _, class_name = name.partition(".py:")

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from flashsim.errors import InputError, unknown
 from flashsim.problem import AttentionProblem
-from flashsim.schedules.verbs import CTA, Program, Registers, Warpgroup
+from flashsim.schedules.verbs import Program
 
 OTHER_REGISTERS = 24
 """Registers a thread needs beside its tiles: addresses, loop counters, row statistics in flight. Assumed: it lets every
@@ -22,12 +22,12 @@ class Role:
     """Warpgroups of one CTA that run the same program."""
 
     name: str
-    program: Callable[[Warpgroup, Any, Any], Program]
+    program: Callable[..., Program]
     """Called with the warpgroup, what `Kernel.shared` returned, and what `registers` returned."""
     count: int = 1
     warps: int = 4
-    registers: Callable[[Registers], Any] | None = None
-    """Declares the register tiles of one warpgroup."""
+    registers: Callable[..., Any] | None = None
+    """Declares the register tiles of one warpgroup; called with a `verbs.Registers`."""
     registers_per_thread: int = 255
     """The limit that the kernel sets, by launch bounds or by `setmaxnreg`."""
 
@@ -54,7 +54,8 @@ class Kernel:
 
     name: str
     roles: tuple[Role, ...]
-    shared: Callable[[CTA], Any]
+    shared: Callable[..., Any]
+    """Declares what the warpgroups share; called with a `verbs.CTA`."""
     grid: Grid
     BLOCK_M: int
     BLOCK_N: int

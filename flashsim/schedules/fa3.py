@@ -1,10 +1,11 @@
 """FlashAttention-3, forward (Shah et al., arXiv 2407.08608, algorithms 1 and 2).
 
 One producer keeps rings of K and V tiles full by TMA; consumer warpgroups of 64 query rows each compute on them. Two
-overlaps hide the softmax: inside a warpgroup, S_next = Q K_j^T and O += P V_{j-1} are issued together and the softmax of
-S_next runs under the second product; between warpgroups, a turn on the tensor cores is handed round (ping-pong).
+overlaps hide the softmax: inside a warpgroup, S_next = Q K_j^T and O += P V_{j-1} are issued together and the softmax
+of S_next runs under the second product; between warpgroups, a turn on the tensor cores is handed round (ping-pong).
 
-`build` is the code that was measured: 2024-07 (commit 7f67966c, the paper's) or 2025-01 (the refactored hopper/ folder).
+`build` is the code that was measured: 2024-07 (commit 7f67966c, the paper's) or 2025-01 (the refactored hopper/
+folder).
 """
 
 from __future__ import annotations
@@ -166,7 +167,9 @@ class FA3(Schedule):
             start(wg, r.O, r.stats)
             if tile.count:
                 yield from self.first_loads(wg, s, tile)
-                yield from self.attend(wg, s, r, tile) if self.intra_wg_overlap else self.attend_in_order(wg, s, r, tile)
+                yield from (
+                    self.attend(wg, s, r, tile) if self.intra_wg_overlap else self.attend_in_order(wg, s, r, tile)
+                )
                 yield from self.write_output(wg, s, r, tile)
             else:  # every key is masked: 0 and -inf
                 finish(wg, r.O, r.stats)
@@ -218,7 +221,8 @@ class FA3(Schedule):
         s.V.release(tile.last)
 
     def attend_in_order(self, wg: Warpgroup, s: Shared, r: Fragments, tile: WorkTile) -> Program:
-        """Algorithm 1, lines 14 to 23: one product at a time; the PV of one tile and the QK of the next share a turn."""
+        """Algorithm 1, lines 14 to 23: one product at a time; the PV of one tile and the QK of the next share
+        a turn."""
         Q, P = s.Q[tile.index].rows(64 * wg.index, 64), r.P or s.P[wg.index]
         yield s.Q.full(tile.index)  # 14
         yield s.turn.wait()

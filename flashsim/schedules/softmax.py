@@ -9,7 +9,8 @@ from flashsim.schedules.verbs import Operand, Registers, Warpgroup, WorkTile
 
 @dataclass
 class Statistics:
-    """Of each row: the maximum so far, the sum of exponentials so far, and the factor that the last step rescaled by."""
+    """Of each row: the maximum so far, the sum of exponentials so far, and the factor that the last step rescaled
+    by."""
 
     m: Operand
     l: Operand  # noqa: E741 - the papers' name
@@ -29,7 +30,8 @@ def start(wg: Warpgroup, O: Operand, stats: Statistics) -> None:  # noqa: E741
 
 
 def online_softmax(wg: Warpgroup, S: Operand, stats: Statistics, tile: WorkTile, j: int, masked: bool) -> None:
-    """S becomes P~ = exp(S - m) with the new maximum m; l is brought up to date; alpha is what O must be rescaled by."""
+    """S becomes P~ = exp(S - m) with the new maximum m; l is brought up to date; alpha is what O must be rescaled
+    by."""
     if masked:
         wg.map("mask", S, tile, j, into=S)
     wg.map("copy", stats.m, into=stats.m_old)

@@ -74,7 +74,9 @@ class Standard(Schedule):
         scores = self._kernel("scores", Role("warps", self.scores, registers=self.score_registers), self.score_operands)
         mask = self._kernel("mask", Role("warps", self.mask, registers=self.rows), None, MASK_ROWS, MASK_COLUMNS)
         softmax = self._kernel("softmax", Role("warps", self.softmax, registers=self.rows), None, height, width)
-        output = self._kernel("output", Role("warps", self.output, registers=self.output_registers), self.output_operands)
+        output = self._kernel(
+            "output", Role("warps", self.output, registers=self.output_registers), self.output_operands
+        )
         return (scores, mask, softmax, output) if problem.mask != "full" else (scores, softmax, output)
 
     def _kernel(self, name: str, role: Role, shared: Any, BLOCK_M: int = 0, BLOCK_N: int = 0) -> Kernel:
@@ -144,7 +146,9 @@ class Standard(Schedule):
 
     def output_registers(self, regs: Registers) -> Accumulator:
         O = regs.tile("O", (self.BLOCK_M, regs.problem.head_dim_v))  # noqa: E741
-        return Accumulator(O, regs.tile("O rounded", (self.BLOCK_M, regs.problem.head_dim_v), regs.problem.dtype, over=O))
+        return Accumulator(
+            O, regs.tile("O rounded", (self.BLOCK_M, regs.problem.head_dim_v), regs.problem.dtype, over=O)
+        )
 
     def output(self, wg: Warpgroup, s: Operands, r: Accumulator) -> Program:
         for tile in wg.tiles():

@@ -1,13 +1,13 @@
 """What a schedule can say: the verbs of a warpgroup, and the memory and barriers that it shares with others.
 
-A statement is one of three kinds. *Issue*: a call such as `wg.gemm(Q, K[j].T, into=S)`; it returns something that can be
-waited for. *Wait*: `yield`. *Signal*: `ring.release(j)`, `turn.pass_on()`. A warpgroup issues in program order, and an
-issue or a signal takes effect when everything before it in the text has been accepted; Python runs ahead of that, and
-simulated time does not.
+A statement is one of three kinds. *Issue*: a call such as `wg.gemm(Q, K[j].T, into=S)`; it returns something that can
+be waited for. *Wait*: `yield`. *Signal*: `ring.release(j)`, `turn.pass_on()`. A warpgroup issues in program order,
+and an issue or a signal takes effect when everything before it in the text has been accepted; Python runs ahead of
+that, and simulated time does not.
 
-`map`, `reduce`, `convert` and an `mma.sync` product are ordered by the hardware's scoreboard: what follows in the text may
-use their results at once. `load`, `store` and a `wgmma` product are asynchronous: until somebody has waited for them,
-their operands may still be read and their result may still be written.
+`map`, `reduce`, `convert` and an `mma.sync` product are ordered by the hardware's scoreboard: what follows in the
+text may use their results at once. `load`, `store` and a `wgmma` product are asynchronous: until somebody has waited
+for them, their operands may still be read and their result may still be written.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ class Awaitable(Protocol):
 
 
 class Ring(Protocol):
-    """Slots in shared memory, filled by loads and emptied by consumers in turn; item j lives in slot j mod num_stages."""
+    """Slots in shared memory, filled by loads and emptied by consumers in turn; item j lives in slot j mod
+    num_stages."""
 
     def __getitem__(self, j: int) -> Operand:
         """The slot of item j."""
@@ -78,8 +79,8 @@ class Turn(Protocol):
 class WorkTile(Protocol):
     """One piece of the grid: a block of queries of one head, with the KV tiles that it visits.
 
-    KV tiles are numbered by a count `j` that runs on over all work tiles of a CTA, as ring positions do: this tile's are
-    `first` to `last`, walked from the last block of keys to the first.
+    KV tiles are numbered by a count `j` that runs on over all work tiles of a CTA, as ring positions do: this tile's
+    are `first` to `last`, walked from the last block of keys to the first.
     """
 
     index: int
@@ -117,7 +118,8 @@ class Warpgroup(Protocol):
         """The running numbers of the tile's KV tiles, without the first `start`. The machine owns this iterator."""
 
     def load(self, source: Operand, into: Operand) -> Awaitable:
-        """Copy from HBM to shared memory, by TMA or cp.async, or to registers. A ring's slot is full when it has landed."""
+        """Copy from HBM to shared memory, by TMA or cp.async, or to registers. A ring's slot is full when it
+        has landed."""
 
     def store(self, source: Operand, into: Operand) -> Awaitable:
         """Copy from shared memory (by TMA) or registers to HBM."""
@@ -141,7 +143,8 @@ class CTA(Protocol):
     problem: AttentionProblem
 
     def ring(self, name: str, shape: tuple[int, int], stages: int, consumers: int, dtype: str | None = None) -> Ring:
-        """`stages` slots of `shape`; each item is released by `consumers` warpgroups. dtype defaults to the problem's."""
+        """`stages` slots of `shape`; each item is released by `consumers` warpgroups. dtype defaults to the
+        problem's."""
 
     def slot(self, name: str, shape: tuple[int, int], dtype: str | None = None) -> Operand:
         """One tile of shared memory, ordered by other barriers."""

@@ -94,6 +94,17 @@ def test_a_process_started_inside_another_one_runs_at_that_tick_and_afterwards()
     assert log == [("parent", 2), ("child", 2), ("parent", 3), ("child", 3)]
 
 
+def test_an_action_is_done_at_its_time_in_the_order_of_scheduling() -> None:
+    """And costs one event, where a process costs two."""
+    sim, log = Simulation(), list[tuple[str, int]]()
+    sim.call(5, lambda: log.append(("second", sim.now)))
+    sim.call(2, lambda: sim.call(5, lambda: log.append(("third", sim.now))))
+    sim.call(2, lambda: log.append(("first", sim.now)))
+    sim.run()
+    assert log == [("first", 2), ("second", 5), ("third", 5)]
+    assert sim.events == 4
+
+
 def test_every_scheduled_event_is_counted() -> None:
     """Two starts, three wake-ups, one fired event; an event that nobody fires costs nothing."""
     sim, log = Simulation(), list[tuple[str, int]]()

@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -22,7 +23,7 @@ from flashsim.machine.sm import UNITS
 from flashsim.numerics.inputs import random_inputs
 from flashsim.problem import AttentionProblem
 from flashsim.result import Result
-from flashsim.schedules import load_schedule
+from flashsim.schedules import fa3, load_schedule
 from flashsim.simulate import simulate
 
 EXACT = 1e-9
@@ -236,6 +237,21 @@ def test_one_cta_works_on_all_tiles() -> None:
         )
         accepted(case.simulate(functional=True))
         accepted(case.simulate(functional=True, draw=case.latencies.draw()))
+
+
+@pytest.mark.xfail(
+    strict=True, reason="drawn latencies let a wgmma product end before one that was committed before it"
+)
+def test_products_end_in_the_order_in_which_they_were_committed(tmp_path: Path) -> None:
+    """As wgmma groups do: to wait for PV is to wait for the QK that was issued before it, whatever the latencies are."""
+    text = Path(fa3.__file__).read_text(encoding="utf-8")
+    assert text.count("yield qk  # 12\n") == 1
+    path = tmp_path / "waits_for_pv.py"
+    path.write_text(text.replace("yield qk  # 12\n", "yield pv\n"), encoding="utf-8")
+    problem = AttentionProblem(batch=1, heads_q=2, heads_kv=1, seqlen_q=130, seqlen_k=150, head_dim=16)
+    case = Case(f"{path}:FA3", "h100-sxm5", 1, problem, {"BLOCK_M": 128, "BLOCK_N": 32}, Latencies(1, "drain"))
+    accepted(case.simulate(functional=True))
+    accepted(case.simulate(functional=True, draw=case.latencies.draw()))
 
 
 def test_a_different_seed_is_different_numbers_and_the_same_time() -> None:

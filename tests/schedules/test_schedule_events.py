@@ -1,9 +1,8 @@
-"""What a simulation costs, and what the two builds of FA3 differ in."""
+"""What a simulation of the schedules costs, and that the two builds of FA3 differ as they do on hardware."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ def with_sms(name: str, count: int) -> DeviceSpec:
 
 @pytest.mark.parametrize(
     ("schedule", "mask", "events"),
-    [("fa2", "full", 0), ("fa2", "causal", 0), ("fa3", "full", 0), ("fa3", "causal", 0)],
+    [("fa2", "full", 29475), ("fa2", "causal", 24005), ("fa3", "full", 4710), ("fa3", "causal", 5074)],
 )
 def test_events_of_a_small_case(schedule: str, mask: str, events: int) -> None:
     """Events are the cost of an answer: who changes how many a KV tile takes changes this number, and says why."""
@@ -29,21 +28,14 @@ def test_events_of_a_small_case(schedule: str, mask: str, events: int) -> None:
     assert result.events == events
 
 
-def time_of(build: str, mask: str, **options: Any) -> Result:
+def run_of(build: str, mask: str) -> Result:
     problem = AttentionProblem(batch=1, heads_q=4, seqlen_q=1024, seqlen_k=2048, head_dim=128, mask=mask)
-    settings = {"build": build, **options}
-    return simulate(problem, "fa3", with_sms("h100-sxm5", 4), clock_mhz=1500, options=settings, full=True)
+    return simulate(problem, "fa3", with_sms("h100-sxm5", 4), clock_mhz=1500, options={"build": build}, full=True)
 
 
 @pytest.mark.parametrize("mask", ["full", "causal"])
 def test_the_later_build_of_fa3_is_faster_at_head_dim_128(mask: str) -> None:
-    """Tiles are the same; O is rescaled after the softmax, not between the two products, and the first QK needs no turn."""
-    early, late = time_of("2024-07", mask), time_of("2025-01", mask)
+    """Tiles are the same; O is rescaled after the softmax, not between the products, and the first QK needs no turn."""
+    early, late = run_of("2024-07", mask), run_of("2025-01", mask)
     assert early.tile == late.tile
     assert late.ticks < early.ticks
-
-
-@pytest.mark.parametrize("switch", ["warp_specialized", "intra_wg_overlap", "pingpong"])
-def test_each_idea_of_fa3_saves_time(switch: str) -> None:
-    """Paper, section 4.2: 570 TFLOP/s without warp specialization, 582 without the overlap, 661 with both."""
-    assert time_of("2024-07", "full").ticks < time_of("2024-07", "full", **{switch: False}).ticks

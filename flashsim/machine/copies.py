@@ -1,0 +1,108 @@
+"""Copies between HBM and an SM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from flashsim.engine import Completion, Steps
+from flashsim.machine.buffers import View
+from flashsim.machine.costs import THREADS
+from flashsim.machine.operations import Effect
+from flashsim.machine.tiles import HbmTile
+from flashsim.units import ticks
+
+if TYPE_CHECKING:
+    from flashsim.machine.agent import Agent
+
+
+class Load:
+    """A copy from HBM to shared memory or registers.
+
+    Timing assumption: a request goes to L2, from there to HBM if L2 does not hold the tile; the tile then crosses the
+    SM's link. TMA holds the issuing warp for `issue_clk`; cp.async and plain loads for four cycles an instruction of
+    16 bytes a thread, and they take the port of the shared memory, which is also that of the L1, when the data arrives.
+    """
+
+    __slots__ = ("completion", "effect", "into", "source")
+
+    def __init__(self, source: HbmTile, into: View, completion: Completion, effect: Effect) -> None:
+        self.source = source
+        self.into = into
+        self.completion = completion
+        self.effect = effect
+
+    def perform(self, agent: Agent) -> Steps:
+        sm, sim = agent.sm, agent.sim
+        sim.start(self._travel(agent))
+        if self._by_tma(agent):
+            tma = sm.costs.device.tma
+            assert tma is not None
+            yield sim.at(sm.serve(sm.tma, ticks(tma.issue_clk)))
+        else:
+            instructions = -(-self.into.size_byte // (16 * THREADS))
+            yield sim.at(sim.now + sm.vary("issue", ticks(4 * instructions)))
+
+    def _by_tma(self, agent: Agent) -> bool:
+        return agent.cta.kernel.copy == "tma" and self.into.place == "shared"
+
+    def _travel(self, agent: Agent) -> Steps:
+        sm, sim = agent.sm, agent.sim
+        size = self.source.size_byte
+        sharers = agent.cta.kernel.cluster if self.source.tensor in ("K", "V") else 1
+        ready = sm.memory.fetch(self.source.key, size, sharers)
+        if ready > sim.now:
+            yield sim.at(ready)
+        crossed = sm.serve(sm.link, agent.link_rate(size))
+        yield sim.at(crossed + sm.vary("memory", sm.memory.latency))
+        if not self._by_tma(agent):
+            yield sim.at(sm.serve(sm.smem, sm.costs.smem(self.into.size_byte)))
+        if self.effect:
+            self.effect()
+        self.completion.done()
+        if self.into.buffer.ring:
+            self.into.buffer.ring.landed(self.into.buffer.slot, self.completion.clock)
+
+
+class Store:
+    """A copy to HBM.
+
+    Timing assumption: from shared memory, TMA reads the tile through the port while the warp goes on, and the slot is
+    free when L2 has taken it; from registers, the tile passes through shared memory first, so that the stores coalesce,
+    and the warp is held until the port has let it through twice and the link and L2 have taken it.
+    """
+
+    __slots__ = ("completion", "effect", "into", "source")
+
+    def __init__(self, source: View, into: HbmTile, completion: Completion, effect: Effect) -> None:
+        self.source = source
+        self.into = into
+        self.completion = completion
+        self.effect = effect
+
+    def perform(self, agent: Agent) -> Steps:
+        sm, sim = agent.sm, agent.sim
+        size = self.into.size_byte
+        if self.source.place == "registers":
+            if self.effect:  # st reads its registers when it is issued
+                self.effect()
+                self.effect = None
+            if self.source.shape[1] > 1:
+                yield sim.at(sm.serve(sm.smem, 2 * sm.costs.smem(size)))
+            crossed = sm.serve(sm.link, agent.link_rate(size))
+            yield sim.at(max(crossed, sm.memory.write(self.into.key, size)))
+            self.completion.done()
+            return
+        tma = sm.costs.device.tma
+        assert tma is not None
+        sim.start(self._travel(agent))
+        yield sim.at(sm.serve(sm.tma, ticks(tma.issue_clk)))
+
+    def _travel(self, agent: Agent) -> Steps:
+        sm, sim = agent.sm, agent.sim
+        size = self.into.size_byte
+        yield sim.at(sm.serve(sm.smem, sm.costs.smem(size)))
+        yield sim.at(sm.serve(sm.link, agent.link_rate(size)) + sm.vary("memory", sm.memory.latency))
+        yield sim.at(sm.memory.write(self.into.key, size))
+        if self.effect:
+            self.effect()
+        self.completion.done()
