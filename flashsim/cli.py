@@ -93,9 +93,11 @@ def _show(*parts: Any) -> None:
     """Lines and tables. On a terminal tables fill its width, in a pipe they are as wide as their text."""
     from rich.console import Console
 
-    style = {"markup": False, "emoji": False, "highlight": False}
-    unlimited = Console(width=10_000, **style)
-    terminal = Console(**style) if sys.stdout.isatty() else unlimited
+    def console_of(width: int | None) -> Console:
+        return Console(width=width, markup=False, emoji=False, highlight=False)
+
+    unlimited = console_of(10_000)
+    terminal = console_of(None) if sys.stdout.isatty() else unlimited
     for part in parts:
         # A table of which no column may be wrapped is better broken by the terminal than cut.
         rigid = not isinstance(part, str) and all(column.no_wrap for column in part.columns)

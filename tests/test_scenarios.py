@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 import tomllib
 from pathlib import Path
 
 import pytest
 
-from flashsim.analysis.run import run_scenario
+from flashsim.analysis.run import CaseOutcome, run_scenario
 from flashsim.io.scenario import read_scenario
 
 FOLDER = Path(__file__).parents[1] / "scenarios"
 FILES = sorted(FOLDER.glob("*.toml"))
 CASES = {"a100-fa2": (22, 10), "fa3-ablation": (3, 3), "h100-forward": (72, 34), "h100-locked-clock": (12, 12)}
 """Number of cases, and how many of them were measured."""
+
+
+@functools.cache
+def outcomes_of(name: str) -> list[CaseOutcome]:
+    """Each scenario is run once for all tests of this file."""
+    return run_scenario(read_scenario(FOLDER / f"{name}.toml"))
 
 
 def test_every_scenario_is_listed() -> None:
@@ -37,7 +44,7 @@ def test_a_scenario_has_a_title_and_says_where_its_numbers_are_from(path: Path) 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_scenario_runs(path: Path) -> None:
-    outcomes = run_scenario(read_scenario(path))
+    outcomes = outcomes_of(path.stem)
     assert [outcome.failure for outcome in outcomes if outcome.failure] == []
     for outcome in outcomes:
         result = outcome.result
@@ -48,7 +55,7 @@ def test_a_scenario_runs(path: Path) -> None:
 
 
 def test_the_ablation_without_warp_specialization_is_slower() -> None:
-    whole, _, unspecialized = run_scenario(read_scenario(FOLDER / "fa3-ablation.toml"))
+    whole, _, unspecialized = outcomes_of("fa3-ablation")
     assert whole.result is not None
     assert unspecialized.result is not None
     assert unspecialized.result.time_us > whole.result.time_us

@@ -143,7 +143,7 @@ def test_a_failed_simulation_names_its_row(monkeypatch: pytest.MonkeyPatch) -> N
 
 def report_of_a_file(folder: Path) -> AccuracyReport:
     lines = [",".join(COLUMNS)]
-    for number, seqlen in enumerate((256, 512, 1024)):
+    for number, seqlen in enumerate((512, 1024, 2048)):
         row = ROW | {"id": f"r{number}", "seqlen_q": seqlen, "seqlen_k": seqlen, "time_us": 20 * (number + 1)}
         lines.append(",".join(str(row.get(name, "")) for name in COLUMNS))
     (folder / "rows.csv").write_text("\n".join(lines), encoding="utf-8")

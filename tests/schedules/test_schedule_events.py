@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from flashsim.devices import DeviceSpec, load_device
 from flashsim.problem import AttentionProblem
 from flashsim.result import Result
+from flashsim.schedules import fa2
 from flashsim.simulate import simulate
 
 
@@ -39,3 +41,20 @@ def test_the_later_build_of_fa3_is_faster_at_head_dim_128(mask: str) -> None:
     early, late = run_of("2024-07", mask), run_of("2025-01", mask)
     assert early.tile == late.tile
     assert late.ticks < early.ticks
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the cost of a batch is remembered by verb and name of the tile, whatever its rows"
+)
+def test_an_operation_on_one_row_costs_the_same_before_and_after_one_on_all_rows(tmp_path: Path) -> None:
+    text = Path(fa2.__file__).read_text(encoding="utf-8")
+    one = 'wg.map("exp", r.S.rows(0, 1), r.stats.m.rows(0, 1), into=r.S.rows(0, 1)); yield q'
+    whole = 'wg.map("exp", r.S, r.stats.m, into=r.S); yield q'
+    assert text.count("yield q\n") == 1
+    problem = AttentionProblem(batch=1, heads_q=1, seqlen_q=128, seqlen_k=128, head_dim=64)
+    ticks = []
+    for number, order in enumerate((f"{one}; {whole}", f"{whole}; {one}")):
+        path = tmp_path / f"order_{number}.py"
+        path.write_text(text.replace("yield q\n", f"yield q; {order}\n"), encoding="utf-8")
+        ticks.append(simulate(problem, f"{path}:FA2", with_sms("h100-sxm5", 1), full=True).ticks)
+    assert ticks[0] == ticks[1]
