@@ -158,9 +158,10 @@ def _result(
     utilization = {}
     for unit in UNITS:
         busy = sum(run.busy[unit] for run in runs)
-        # L2 and HBM are one each; the other units are one in every SM.
-        share = device.sm.count if unit in ("l2", "hbm") else 1
-        utilization[unit] = Utilization(busy * share / active, busy * share / elapsed)
+        if unit in ("l2", "hbm"):  # one each, and active while any SM is
+            utilization[unit] = Utilization(busy / (total - sum(run.launch for run in runs)), busy / total)
+        else:
+            utilization[unit] = Utilization(busy / active, busy / elapsed)
     busiest = max(UNITS, key=lambda unit: utilization[unit].active)
     if sum(run.launch for run in runs) > total / 2:
         bound_by = "launch"

@@ -22,6 +22,10 @@ class Server:
         self.busy = 0
         """Ticks of service accepted so far."""
 
+    def busy_until(self, time: int) -> int:
+        """Ticks of service up to `time`, after which nothing may have arrived."""
+        return self.busy - max(0, self.free - time)
+
     def serve(self, duration: int) -> int:
         """Accept an operation of `duration` ticks now; returns the tick at which it ends."""
         return self.serve_from(self.sim.now, duration)

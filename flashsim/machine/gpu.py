@@ -82,7 +82,7 @@ class FullSimulation:
         sim.run(o.max_events)
         self._check()
         busy = {name: sum(s.sm.units[name].busy for s in self._sms) for name in UNITS}
-        busy |= {"l2": shared.l2.busy, "hbm": shared.hbm.busy}
+        busy |= {"l2": shared.l2.busy_until(self._end), "hbm": shared.hbm.busy_until(self._end)}
         return KernelRun(
             ticks=self._end,
             launch=launch,

@@ -39,15 +39,23 @@ class Fragments:
     stats: Statistics
 
 
-def tile_size(head_dim: int, architecture: str) -> tuple[int, int, int]:
-    """(BLOCK_M, BLOCK_N, warps) as csrc/flash_attn/src/flash_fwd_launch_template.h has them, without dropout."""
+def tile_size(head_dim: int, causal: bool, architecture: str) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_N) as csrc/flash_attn/src/flash_fwd_launch_template.h has them, without dropout.
+
+    Ada (sm_89), with less shared memory than Ampere and Hopper, has its own for head dims 96 to 160 and 256.
+    """
+    ada = architecture == "ada"
     if head_dim <= 64:
-        return 128, 128, 4
+        return 128, 128
+    if head_dim <= 96:
+        return (64, 64) if ada and causal else (128, 64)
     if head_dim <= 128:
-        return (64, 64, 4) if architecture == "ada" else (128, 64, 4)
+        return ((64, 64) if causal else (128, 32)) if ada else (128, 64)
+    if head_dim <= 160:
+        return ((64, 64) if causal else (128, 64)) if ada else (128, 32)
     if head_dim <= 192:
-        return 128, 64, 8
-    return (64, 64, 4) if architecture in ("ada", "hopper") else (128, 64, 8)
+        return 128, 64
+    return (128, 64) if architecture == "ampere" else (64, 64)
 
 
 @dataclass(frozen=True)
@@ -58,7 +66,8 @@ class FA2(Schedule):
     source = "arXiv 2307.08691, algorithm 1; Dao-AILab/flash-attention csrc/flash_attn/src/flash_fwd_kernel.h"
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
-        rows, keys, _ = tile_size(max(problem.head_dim, problem.head_dim_v), architecture)
+        head_dim = max(problem.head_dim, problem.head_dim_v)
+        rows, keys = tile_size(head_dim, problem.mask != "full", architecture)
         return {"BLOCK_M": rows, "BLOCK_N": keys}
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
@@ -70,8 +79,11 @@ class FA2(Schedule):
         return lines
 
     def warpgroups(self, problem: AttentionProblem) -> int:
-        """4 warps, or 8 where a row of O fills so many registers that a warp cannot have 32 rows."""
-        wide = max(problem.head_dim, problem.head_dim_v) > 128
+        """4 warps with up to 32 rows each, or 8 where 32 rows of O and S would take more than 192 registers a thread.
+
+        The rule gives the numbers of warps that the code has for each of its tiles.
+        """
+        wide = problem.head_dim_v + self.BLOCK_N > 192
         return max(1, self.BLOCK_M // (64 if wide else 128))
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
