@@ -92,7 +92,11 @@ class PhaseWait:
         self.barrier._waiting.append(event)
 
     def knowledge(self) -> Clock | None:
-        return self.barrier.clock
+        """Raises Hazard if the parity is right and the phase is not: the barrier was lapped."""
+        b = self.barrier
+        if b.completed != self.number + 1:
+            raise Hazard(f"{b.name}: a wait for phase {self.number} passes when {b.completed} phases are complete")
+        return b.clock
 
     def describe(self) -> str:
         b = self.barrier

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from flashsim.engine import Clock, Completion, Steps, Wait, join
-from flashsim.errors import SimulationError
+from flashsim.errors import FlashsimError, SimulationError
 from flashsim.machine.buffers import Buffer, View
 from flashsim.machine.copies import Load, Store
 from flashsim.machine.operations import Batch, Overhead, Signal
@@ -18,6 +18,10 @@ from flashsim.schedules.verbs import MapOp, Program, ReduceOp
 
 if TYPE_CHECKING:
     from flashsim.machine.cta import CTA
+
+
+MAX_WAITS_AT_ONCE = 10_000
+"""Waits of one warpgroup that may be over at the same tick; more are a loop that will not end."""
 
 
 class Phrase:
@@ -71,12 +75,20 @@ class Agent:
         """The warpgroup's life, from tick `begin`."""
         yield self.sim.at(begin)
         program = self._program
+        waits, since = 0, begin
         while True:
             self.cta.speaker = self
             try:
                 wait = next(program)
             except StopIteration:
                 break
+            except FlashsimError:
+                raise
+            except Exception as error:
+                raise SimulationError(f"{_line_of(error)}: {self.name}: {type(error).__name__}: {error}") from error
+            waits, since = (waits + 1, since) if since == self.sim.now else (0, self.sim.now)
+            if waits > MAX_WAITS_AT_ONCE:
+                raise SimulationError(f"{self.where()}: {self.name} loops without time going on, tick {self.sim.now}")
             yield from self._issue()
             yield from self._await(wait)
         yield from self._issue()
@@ -113,6 +125,16 @@ class Agent:
         if frame.gi_frame is None:
             return self.name
         return f"{frame.gi_frame.f_code.co_filename}:{frame.gi_frame.f_lineno}"
+
+    def unfinished(self) -> list[str]:
+        """Operations that nobody has waited for, at the end of a functional run."""
+        if not self.record:
+            return []
+        known: Clock = {}
+        for agent in self.cta.agents:
+            if agent.record:
+                join(known, agent.record.timeline.clock)
+        return self.record.unawaited(known)
 
     # Signals and verbs (schedules.verbs.Warpgroup).
 
@@ -183,7 +205,7 @@ class Agent:
             batch = Batch(Completion(self.sim, "register operations"))
             self._say(batch)
             self._batch = batch
-        batch.keys.append((verb, op, into.buffer.name))
+        batch.keys.append((verb, op, into.buffer.name, into.shape, *[(v.buffer.name, v.shape) for v in views]))
         batch.operations.append((verb, op, views, into))
         if self.record:
             batch.effects.append(self.record.compute(verb, op, views, into, operands))
@@ -195,6 +217,14 @@ class Agent:
 
     def _completion(self, verb: str, *parts: object) -> Completion:
         return Completion(self.sim, Phrase(verb, *parts))
+
+
+def _line_of(error: Exception) -> str:
+    """File and line of the innermost statement that raised `error`."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
 
 
 class RegisterFile:
@@ -209,9 +239,8 @@ class RegisterFile:
 
     def tile(self, name: str, shape: tuple[int, int], dtype: str = "fp32", over: View | None = None) -> View:
         buffer = Buffer(self._prefix + name, shape, dtype, "registers", self.cta.functional)
-        if over and buffer.memory and over.buffer.memory:
-            buffer.memory.aliases.append(over.buffer.memory)
-            over.buffer.memory.aliases.append(buffer.memory)
+        if over:
+            buffer.overlay(over.buffer)
         return buffer.whole
 
     def rows(self, name: str, count: int) -> View:

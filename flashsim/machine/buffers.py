@@ -21,6 +21,7 @@ class Buffer:
     """One tile of memory: `shape` elements of `dtype` at a `place`."""
 
     __slots__ = (
+        "aliases",
         "array",
         "dtype",
         "empty_because",
@@ -42,6 +43,8 @@ class Buffer:
         self.ring: Ring | None = None
         self.slot = 0
         self.memory = Memory(name) if functional else None
+        self.aliases: list[Buffer] = []
+        """Other buffers at the same addresses."""
         self.array: Any = None
         self.empty_because = "nothing has been written to it"
         if functional:
@@ -52,6 +55,14 @@ class Buffer:
     @property
     def size_byte(self) -> int:
         return self.shape[0] * self.shape[1] * ELEMENT_BYTES[self.dtype]
+
+    def overlay(self, other: Buffer) -> None:
+        """Let this buffer lie at the addresses of `other`: a write to one destroys what is in the other."""
+        self.aliases.append(other)
+        other.aliases.append(self)
+        if self.memory and other.memory:
+            self.memory.aliases.append(other.memory)
+            other.memory.aliases.append(self.memory)
 
     def poison(self, because: str) -> None:
         """Nothing here is valid any more."""
@@ -113,6 +124,8 @@ class View:
 
     def assign(self, array: Any) -> None:
         """Overwrite the numbers."""
+        for other in self.buffer.aliases:
+            other.poison(f"{self.buffer.name} was written over it")
         self.buffer.array[self.start : self.start + self.count] = array
         self.buffer.empty_because = "part of what was last written to it is not a number"
 

@@ -82,6 +82,7 @@ class CTA:
         """What is wrong at the end: slots that still hold something, barriers in the wrong phase. Empty if
         all is well."""
         lines = [line for ring in self._rings for line in ring.leftovers()]
+        lines += [line for agent in self.agents for line in agent.unfinished()]
         lines += [line for sync in self._syncs if (line := sync.barrier.leftover(sync.barrier.completed))]
         return lines + [line for turn in self._turns if (line := turn.leftover())]
 
@@ -94,11 +95,8 @@ class CTA:
 
     def overlay(self, name: str, shape: tuple[int, int], consumers: int, over: Ring) -> Ring:
         ring = self.ring(name, shape, 1, consumers)
-        mine = ring.slots[0].memory
         for slot in over.slots:
-            if mine and slot.memory:
-                mine.aliases.append(slot.memory)
-                slot.memory.aliases.append(mine)
+            ring.slots[0].overlay(slot)
         return ring
 
     def slot(self, name: str, shape: tuple[int, int], dtype: str | None = None) -> View:

@@ -47,7 +47,8 @@ class AsyncProduct(Product):
         # The operands' reads are part of the issue interval; they are counted, and do not hold up others.
         sm.smem.busy += sm.costs.smem(read)
         yield sim.at(accepted)
-        agent.products_end = sim.now + sm.vary("drain", sm.costs.wgmma_drain)
+        # Products of a warpgroup complete in order of issue.
+        agent.products_end = max(agent.products_end, sim.now + sm.vary("drain", sm.costs.wgmma_drain))
         sim.call(agent.products_end, self._end)
 
 

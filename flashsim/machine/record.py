@@ -21,14 +21,15 @@ Effect = Callable[[], None]
 
 class Record:
     """Timelines of one warpgroup: its own, one for its products and one for its stores, which complete in order of
-    issue (wgmma groups and bulk-copy groups are waited for in commit order), and one for the loads into each buffer."""
+    issue (wgmma groups and bulk-copy groups are waited for in commit order), and one for the loads into each place, which
+    complete in any order; a second load into a place before the first has been waited for is a race."""
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
         self.timeline = Timeline(agent.name)
         self._products = Timeline(f"a product of {agent.name}")
         self._stores = Timeline(f"a store of {agent.name}")
-        self._loads: dict[Buffer, Timeline] = {}
+        self._loads: dict[tuple[Buffer, tuple[int, int]], Timeline] = {}
 
     def _asynchronous(self, on: Timeline, completion: Completion, in_order: bool) -> tuple[int, Clock]:
         """(number of the operation on its timeline, what it knows when it begins); sets what its end tells."""
@@ -54,8 +55,13 @@ class Record:
 
         return round_to(array, dtype)
 
+    def unawaited(self, known: Clock) -> list[str]:
+        """Operations whose end nobody knows of, given what everybody knows together."""
+        queues = [self._products, self._stores, *self._loads.values()]
+        return [f"nobody waits for the end of {q.name} ({q.count} of them)" for q in queues if known.get(q, 0) < q.count]
+
     def load(self, source: HbmTile, into: View, completion: Completion) -> Effect:
-        on = self._loads.setdefault(into.buffer, Timeline(f"a load into {into.buffer.name}"))
+        on = self._loads.setdefault((into.buffer, into.span), Timeline(f"a load into {into}"))
         number, known = self._asynchronous(on, completion, in_order=False)
         self._write(into, on, number, known, str(completion.what))
         tensors = self.agent.cta.tensors

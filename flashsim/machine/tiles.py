@@ -57,7 +57,9 @@ class HbmTile:
     @property
     def _exist(self) -> tuple[int, int]:
         """Rows and columns of this tile that lie within the tensor."""
-        rows, columns = (max(0, min(n, e - o)) for n, e, o in zip(self.shape, self.end, self.origin, strict=True))
+        rows, columns = (
+            max(0, min(n, e - o)) if o >= 0 else 0 for n, e, o in zip(self.shape, self.end, self.origin, strict=True)
+        )
         return rows, columns
 
     @property

@@ -13,8 +13,8 @@ from flashsim.problem import AttentionProblem
 from flashsim.schedules.verbs import Program
 
 OTHER_REGISTERS = 24
-"""Registers a thread needs beside its tiles: addresses, loop counters, row statistics in flight. Assumed: it lets every
-tile that the published kernels ship pass, and their next larger one not."""
+"""Registers a thread needs beside its tiles: addresses, loop counters, row statistics. Assumed: a round number with which
+every tile that the published kernels ship fits."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,11 @@ class Schedule:
             )
             if str(given) not in has
         ]
+        problems += [
+            f"schedule {cls.name()}: {name} = {width}, must be a multiple of 8: rows of 16 bytes"
+            for name, width in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v))
+            if width % 8
+        ]
         if architecture not in cls.architectures:
             problems.append(
                 f"schedule {cls.name()} does not run on {architecture} (it runs on: {', '.join(cls.architectures)})"
@@ -178,7 +183,11 @@ class Schedule:
 
 
 def _type_name(annotation: Any) -> str:
-    return str(annotation.__name__)
+    """`int` of int and of int | None. Raises InputError for what no text on a command line can be turned into."""
+    kinds = [kind for kind in typing.get_args(annotation) or (annotation,) if kind is not type(None)]
+    if len(kinds) != 1 or kinds[0] not in (bool, int, str):
+        raise InputError(f"a switch has type {annotation}, it must be bool, int or str")
+    return str(kinds[0].__name__)
 
 
 def _parse(switch: Switch, given: Any) -> Any:

@@ -51,7 +51,7 @@ def tile_size(head_dim: int, causal: bool, build: str) -> tuple[int, int, bool]:
     if head_dim <= 64:
         return (192, 128, False) if causal or build == "2024-07" else (192, 192, True)
     if head_dim <= 96:
-        return (192, 128, False) if causal else (192, 144, False)
+        return (192, 128, True) if causal else (192, 144, True)
     if head_dim <= 128:
         return (128, 128, False) if causal else (128, 176, False)
     if head_dim <= 192:
@@ -83,7 +83,9 @@ class FA3(Schedule):
             "BLOCK_M": rows,
             "BLOCK_N": keys,
             "P_in_shared": in_shared,
-            "pingpong": (consumers >= 2 and d <= 128) if self.intra_wg_overlap else consumers == 2,
+            "pingpong": (consumers >= 2 and d <= 128)
+            if self.intra_wg_overlap
+            else (consumers == 2 and self.warp_specialized),
             "persistent": self.warp_specialized,
         }
 
@@ -91,12 +93,15 @@ class FA3(Schedule):
         lines = []
         if self.BLOCK_M not in (64, 128, 192):
             lines.append(f"BLOCK_M = {self.BLOCK_M}, allowed are 64, 128, 192: 64 rows for each of 1 to 3 consumers")
-        if self.BLOCK_N % 8 or not 16 <= self.BLOCK_N <= 256:
-            lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are the multiples of 8 from 16 to 256 (n of one wgmma)")
+        if self.BLOCK_N % 16 or not 16 <= self.BLOCK_N <= 256:
+            lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are the multiples of 16 from 16 to 256 (k, n of a wgmma)")
         if self.num_stages > 8:
             lines.append(f"num_stages = {self.num_stages}, allowed are 1 to 8")
         if self.persistent and not self.warp_specialized:
             lines.append("persistent needs warp_specialized: the producer is what prefetches the next tile")
+        if self.pingpong and not self.intra_wg_overlap and not self.warp_specialized:
+            lines.append("pingpong without intra_wg_overlap needs warp_specialized: who has the turn would wait for the")
+            lines[-1] += " others to release V, and they for the turn"
         return lines
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:

@@ -135,8 +135,9 @@ def fa3_cases(draw: st.DrawFn) -> Case:
         "persistent": warp_specialized and draw(st.booleans()),
         "P_in_shared": draw(st.booleans()),
     }
+    refused = not warp_specialized and not options["intra_wg_overlap"]  # with ping-pong; see FA3.complaints
     if draw(st.booleans()):  # else the schedule decides
-        options["pingpong"] = draw(st.booleans())
+        options["pingpong"] = not refused and draw(st.booleans())
     problem = draw(problems(BLOCK_M, BLOCK_N))
     return Case("fa3", "h100-sxm5", draw(st.sampled_from([1, 1, 2, 3])), problem, options, draw(latencies))
 
@@ -238,9 +239,6 @@ def test_one_cta_works_on_all_tiles() -> None:
         accepted(case.simulate(functional=True, draw=case.latencies.draw()))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="drawn latencies let a wgmma product end before one that was committed before it"
-)
 def test_products_end_in_the_order_in_which_they_were_committed(tmp_path: Path) -> None:
     """As wgmma groups do: to wait for PV is to wait for the QK that was issued before it, whatever the latencies."""
     text = Path(fa3.__file__).read_text(encoding="utf-8")

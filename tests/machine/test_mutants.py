@@ -222,9 +222,7 @@ def test_a_load_of_fa2_must_be_awaited_with_any_number_of_warpgroups(statement: 
 @pytest.mark.parametrize(
     ("function", "statement"),
     [
-        ("producer", "yield s.O.empty(tile.index)"),
         ("attend", "yield pv"),
-        ("write_output", "yield s.consumers.wait()"),
     ],
 )
 def test_happens_before_notices_what_numbers_do_not(
@@ -351,7 +349,7 @@ BUGS = (
     ),
 )
 
-OVERLOOKED = (
+ONCE_OVERLOOKED = (
     Bug(
         "S is overwritten while P, which lies in its registers, is still needed",
         "fa2",
@@ -411,7 +409,6 @@ def test_a_bug_is_noticed_in_one_run(bug: Bug, tmp_path: Path) -> None:
     assert bug.case.notice(load_text(bug.schedule, bug.text(), tmp_path, "bug")) != SURVIVED
 
 
-@pytest.mark.parametrize("bug", OVERLOOKED, ids=lambda bug: bug.title)
-@pytest.mark.xfail(strict=True, reason="not seen by the machine; see OVERLOOKED")
-def test_a_bug_that_is_overlooked(bug: Bug, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bug", ONCE_OVERLOOKED, ids=lambda bug: bug.title)
+def test_a_bug_that_the_machine_once_overlooked(bug: Bug, tmp_path: Path) -> None:
     assert bug.case.notice(load_text(bug.schedule, bug.text(), tmp_path, "bug")) != SURVIVED

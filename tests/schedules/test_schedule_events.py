@@ -43,9 +43,6 @@ def test_the_later_build_of_fa3_is_faster_at_head_dim_128(mask: str) -> None:
     assert late.ticks < early.ticks
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the cost of a batch is remembered by verb and name of the tile, whatever its rows"
-)
 def test_an_operation_on_one_row_costs_the_same_before_and_after_one_on_all_rows(tmp_path: Path) -> None:
     text = Path(fa2.__file__).read_text(encoding="utf-8")
     one = 'wg.map("exp", r.S.rows(0, 1), r.stats.m.rows(0, 1), into=r.S.rows(0, 1)); yield q'

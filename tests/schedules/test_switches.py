@@ -187,7 +187,7 @@ def test_the_larger_head_dim_decides() -> None:
     assert (wide.BLOCK_M, wide.BLOCK_N) == (128, 80)
 
 
-@pytest.mark.parametrize(("architecture", "tile"), [("ampere", (128, 64)), ("ada", (64, 64)), ("hopper", (128, 64))])
+@pytest.mark.parametrize(("architecture", "tile"), [("ampere", (128, 64)), ("ada", (128, 32)), ("hopper", (128, 64))])
 def test_what_fa2_decides_at_head_dim_128(architecture: str, tile: tuple[int, int]) -> None:
     chosen = FA2.configure(problem(), architecture, {}).options()
     assert chosen == dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True))
