@@ -13,8 +13,8 @@ from flashsim.problem import AttentionProblem
 from flashsim.schedules.verbs import Program
 
 OTHER_REGISTERS = 24
-"""Registers a thread needs beside its tiles: addresses, loop counters, row statistics. Assumed: a round number with which
-every tile that the published kernels ship fits."""
+"""Registers a thread needs beside its tiles: addresses, loop counters, row statistics. Assumed: a round number with
+which every tile that the published kernels ship fits."""
 
 
 @dataclass(frozen=True)

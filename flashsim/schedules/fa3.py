@@ -100,7 +100,7 @@ class FA3(Schedule):
         if self.persistent and not self.warp_specialized:
             lines.append("persistent needs warp_specialized: the producer is what prefetches the next tile")
         if self.pingpong and not self.intra_wg_overlap and not self.warp_specialized:
-            lines.append("pingpong without intra_wg_overlap needs warp_specialized: else turn and refill wait for each other")
+            lines.append("pingpong without intra_wg_overlap needs warp_specialized: else turn and refill deadlock")
         return lines
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
