@@ -162,7 +162,7 @@ def run(
 
     cases = read_scenario(scenario)
     with _output(output) as file:
-        outcomes, interrupted = _collect(run_cases(cases), len(cases.cases), "simulating")
+        outcomes, interrupted = _collect(run_cases(cases, os.cpu_count() or 1), len(cases.cases), "simulating")
         if not interrupted:
             raise_refused(cases, outcomes)
         report = {
@@ -307,7 +307,7 @@ def accuracy(
     if problems:
         raise InputError(problems)
     with _output(output) as file:
-        outcomes, interrupted = _collect(predict(rows, sessions), len(rows), "predicting")
+        outcomes, interrupted = _collect(predict(rows, sessions, os.cpu_count() or 1), len(rows), "predicting")
         report = summarize(rows, outcomes, columns)
         if file is not None:
             file.write(json_text(report.to_json()))

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flashsim.analysis.parallel import in_order
 from flashsim.devices import DeviceSpec, device_names, load_device
 from flashsim.errors import Infeasible, InputError, SimulationError, unknown
 from flashsim.io.measured import COLUMNS, MeasuredRow, read_measured, read_sessions
@@ -127,35 +128,34 @@ def sessions_beside(path: str | Path) -> dict[str, dict[str, Any]]:
     return read_sessions(Path(path).parent / "sessions.toml")
 
 
-def predict(rows: Iterable[MeasuredRow], sessions: Mapping[str, Mapping[str, Any]]) -> Iterator[Prediction | Skipped]:
-    """Simulate row after row. The clock is the row's, else the session's `clock_mhz`, else the device's default."""
-    devices: dict[str, DeviceSpec] = {}
-    schedules: dict[str, type[Schedule]] = {}
-    for row in rows:
-        session_clock = sessions.get(row.session, {}).get("clock_mhz")
-        clock, source = (row.clock_mhz, "row") if row.clock_mhz else (session_clock, "sessions.toml")
-        try:
-            if row.device not in devices and row.device in device_names():
-                devices[row.device] = load_device(row.device)
-            if row.schedule not in schedules and row.schedule in schedule_names():
-                schedules[row.schedule] = load_schedule(row.schedule)
-            gpu, schedule = devices.get(row.device), schedules.get(row.schedule)
-            problem = _problem(row, gpu, schedule)
-            result = simulate(problem, schedule, gpu, clock_mhz=clock, options=row.options)  # type: ignore[arg-type]
-        except _Unsupported as unsupported:
-            yield Skipped(row, str(unsupported))
-            continue
-        except Infeasible:
-            yield Skipped(row, f"{row.schedule} does not fit {row.device}")
-            continue
-        except InputError as error:
-            yield Skipped(row, error.problems[0])
-            continue
-        except SimulationError as error:
-            error.add_note(f"in row {row.id} of session {row.session}")
-            raise
-        measured_us = row.time_us or result.flops / row.tflops / 1e6  # type: ignore[operator]
-        yield Prediction(row, result.time_us, measured_us, result.clock_mhz, source if clock else result.clock_source)
+def predict(
+    rows: Sequence[MeasuredRow], sessions: Mapping[str, Mapping[str, Any]], workers: int = 1
+) -> Iterator[Prediction | Skipped]:
+    """Simulate the rows, on `workers` processes, in their order."""
+    work = [(row, sessions.get(row.session, {}).get("clock_mhz")) for row in rows]
+    return in_order(predict_row, work, workers)
+
+
+def predict_row(work: tuple[MeasuredRow, float | None]) -> Prediction | Skipped:
+    """Simulate one row, given the clock of its session: at the row's clock, else that one, else the device's."""
+    row, session_clock = work
+    clock, source = (row.clock_mhz, "row") if row.clock_mhz else (session_clock, "sessions.toml")
+    try:
+        gpu = load_device(row.device) if row.device in device_names() else None
+        schedule = load_schedule(row.schedule) if row.schedule in schedule_names() else None
+        problem = _problem(row, gpu, schedule)
+        result = simulate(problem, schedule, gpu, clock_mhz=clock, options=row.options)  # type: ignore[arg-type]
+    except _Unsupported as unsupported:
+        return Skipped(row, str(unsupported))
+    except Infeasible:
+        return Skipped(row, f"{row.schedule} does not fit {row.device}")
+    except InputError as error:
+        return Skipped(row, error.problems[0])
+    except SimulationError as error:
+        error.add_note(f"in row {row.id} of session {row.session}")
+        raise
+    measured_us = row.time_us or result.flops / row.tflops / 1e6  # type: ignore[operator]
+    return Prediction(row, result.time_us, measured_us, result.clock_mhz, source if clock else result.clock_source)
 
 
 class _Unsupported(Exception):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from flashsim.analysis.parallel import in_order
 from flashsim.errors import InputError, SimulationError
 from flashsim.io.beside import Published
 from flashsim.io.scenario import Scenario, ScenarioCase
@@ -61,20 +62,21 @@ class PublishedBeside:
         }
 
 
-def run_cases(scenario: Scenario) -> Iterator[CaseOutcome]:
-    """Simulate case after case, in the order of the scenario. Raises nothing that belongs to one case."""
-    for case in scenario.cases:
-        inner = case.case
-        try:
-            result = simulate(
-                inner.problem, inner.schedule, inner.gpu, clock_mhz=inner.clock_mhz, options=inner.options
-            )
-        except InputError as error:
-            yield CaseOutcome(case, refused=error.problems)
-        except SimulationError as error:
-            yield CaseOutcome(case, failure=f"{type(error).__name__}: {error}")
-        else:
-            yield CaseOutcome(case, result)
+def run_cases(scenario: Scenario, workers: int = 1) -> Iterator[CaseOutcome]:
+    """Simulate the cases, on `workers` processes, in the order of the scenario."""
+    return in_order(run_case, scenario.cases, workers)
+
+
+def run_case(case: ScenarioCase) -> CaseOutcome:
+    """Simulate one case. Raises nothing that belongs to it."""
+    inner = case.case
+    try:
+        result = simulate(inner.problem, inner.schedule, inner.gpu, clock_mhz=inner.clock_mhz, options=inner.options)
+    except InputError as error:
+        return CaseOutcome(case, refused=error.problems)
+    except SimulationError as error:
+        return CaseOutcome(case, failure=f"{type(error).__name__}: {error}")
+    return CaseOutcome(case, result)
 
 
 def raise_refused(scenario: Scenario, outcomes: Iterable[CaseOutcome]) -> None:

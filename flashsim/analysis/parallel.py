@@ -1,0 +1,39 @@
+"""Many independent simulations on the cores that there are."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Answer = TypeVar("Answer")
+
+WORTH_IT = 8
+"""Fewer simulations than this take less time than starting processes for them."""
+
+
+def in_order(work: Callable[[Item], Answer], items: Sequence[Item], workers: int) -> Iterator[Answer]:
+    """`work` of each item, in the order of the items, by up to `workers` processes.
+
+    `work` must be a function of a module, items and answers must be picklable. An exception of `work` comes where its
+    answer would have. Processes are started afresh, so that the answers are those of one process alone.
+    """
+    if workers < 2 or len(items) < WORTH_IT:
+        yield from map(work, items)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        min(workers, len(items)), mp_context=context, initializer=_leave_interrupts_to_the_parent
+    )
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
