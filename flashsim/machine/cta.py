@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from flashsim.engine import Barrier, Clock, PhaseWait, Simulation, TurnWait
 from flashsim.engine import Turn as EngineTurn
+from flashsim.errors import Deadlock
 from flashsim.machine.agent import Agent
 from flashsim.machine.buffers import Buffer, Ring, View
 from flashsim.machine.options import Options
@@ -86,6 +88,14 @@ class CTA:
         lines += [line for sync in self._syncs if (line := sync.barrier.leftover(sync.barrier.completed))]
         return lines + [line for turn in self._turns if (line := turn.leftover())]
 
+    def waiting(self) -> tuple[str, ...]:
+        """Who waits for what, and where in the text, one line each."""
+        return tuple(
+            f"{agent.name} waits for {agent.waits_for.describe()}, at {agent.where()}"
+            for agent in self.agents
+            if agent.waits_for
+        )
+
     # What a schedule declares (schedules.verbs.CTA).
 
     def ring(self, name: str, shape: tuple[int, int], stages: int, consumers: int, dtype: str | None = None) -> Ring:
@@ -113,6 +123,14 @@ class CTA:
         turn = Turn(self, name, warpgroups)
         self._turns.append(turn.turn)
         return turn
+
+
+def deadlock(stuck: Iterable[CTA], now: int) -> Deadlock:
+    """The error for CTAs that have not come to their end when nothing happens any more at tick `now`."""
+    lines = [f"deadlock at tick {now}"]
+    for waiting, ctas in Counter(cta.waiting() for cta in stuck).items():
+        lines += [f"in {ctas} CTAs:" if ctas > 1 else "in one CTA:", *(f"  {line}" for line in waiting)]
+    return Deadlock("\n".join(lines))
 
 
 class Sync:

@@ -9,9 +9,9 @@ from typing import Any
 
 from flashsim.devices import DeviceSpec
 from flashsim.engine import Simulation
-from flashsim.errors import Deadlock, Hazard
+from flashsim.errors import Hazard
 from flashsim.machine.costs import Costs
-from flashsim.machine.cta import CTA
+from flashsim.machine.cta import CTA, deadlock
 from flashsim.machine.feasibility import fit
 from flashsim.machine.grid import WorkTiles
 from flashsim.machine.memory import PrivateMemory, SharedMemory
@@ -123,9 +123,7 @@ class FullSimulation:
 
     def _check(self) -> None:
         """Everybody has finished, and left everything as it should be."""
-        stuck = [agent for cta in self._running for agent in cta.agents if agent.waits_for]
-        if stuck:
-            lines = [f"  {a.name} waits for {a.waits_for.describe()}, at {a.where()}" for a in stuck if a.waits_for]
-            raise Deadlock("\n".join([f"deadlock at tick {self._sim.now}:", *lines]))
+        if self._running:
+            raise deadlock(self._running, self._sim.now)
         if wrong := [line for cta in self._ended for line in cta.leftovers()]:
             raise Hazard("\n".join(wrong))
