@@ -1,8 +1,7 @@
 """The fast path: every SM and every work tile of a kernel, but not every operation.
 
-The grid, the L2 and the HBM are those of the full simulation; what an SM does between two requests is not simulated again
-but taken from a few probes of one SM (`pace`). A work tile is a row of chunks of KV tiles: each asks for its K and V, and
-the SM goes on when it has computed, unless data that it needs by then is late.
+The grid, the L2 and the HBM are those of the full simulation; what an SM does between two requests is not simulated
+again but taken from a few probes of one SM (`pace`).
 """
 
 from __future__ import annotations
@@ -10,42 +9,99 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import NamedTuple
 
 from flashsim.devices import DeviceSpec
 from flashsim.engine import Simulation, Steps
 from flashsim.machine.feasibility import fit
 from flashsim.machine.gpu import KernelRun
-from flashsim.machine.grid import tile_at, tile_count
-from flashsim.machine.memory import SHARED_TENSORS, PrivateMemory, SharedMemory
+from flashsim.machine.grid import WorkTiles, tile_count
+from flashsim.machine.memory import SHARED_TENSORS, Key, PrivateMemory, SharedMemory
 from flashsim.machine.options import Options
-from flashsim.machine.pace import Pace
+from flashsim.machine.pace import WINDOW, Mark, Pace
 from flashsim.machine.probe import Probe, TileClass
 from flashsim.machine.sm import UNITS
-from flashsim.machine.tiles import Coordinates, HbmTile, WorkTile
+from flashsim.machine.tiles import Coordinates
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Kernel
-from flashsim.units import ticks
 
-MAX_CHUNKS = 40_000
-"""KV tiles are taken together, as many as it needs to have no more chunks than this."""
-
-CP_ASYNC_CLK = 32
-"""Between the requests for two tiles by cp.async: eight instructions a thread for 16 KB."""
+MAX_CHUNKS = 10_000
+"""KV tiles are taken together, and work tiles that each have a CTA, as many as it needs to have no more than this."""
 
 
 @dataclass
 class _Sm:
     resident: int = 0
+    working: int = 0
+    """CTAs that wait for nothing."""
     since: int = 0
     active: int = 0
+
+
+class _Due(NamedTuple):
+    """A mark of a work tile, in the CTA's own time."""
+
+    time: int
+    mark: Mark
+    where: Coordinates
+    arrivals: dict[int, int]
+    """When what has moved is there, by the marks' numbers."""
+
+
+class _Cta:
+    """How far a CTA is in its own time, which stands still while it waits and runs slower while it shares its SM."""
+
+    def __init__(self, sim: Simulation, pace: Pace, host: _Sm) -> None:
+        self.sim = sim
+        self.pace = pace
+        self.host = host
+        self.reached = 0
+        self.working = False
+        if host.resident == 0:
+            host.since = sim.now
+        host.resident += 1
+
+    def _until(self, time: int) -> int:
+        """The tick at which `time` will be reached."""
+        ahead = max(0, time - self.reached)
+        if self.working and self.host.working > 1:
+            shared, alone = self.pace.share(self.host.working)
+            ahead = ahead * shared // alone
+        return self.sim.now + ahead
+
+    def go_on(self, time: int) -> Steps:
+        """Go on until `time`."""
+        if time > self.reached:
+            yield self.sim.at(self._until(time))
+            self.reached = time
+
+    def need(self, time: int, there: int) -> Steps:
+        """At `time`, something is needed that is there at tick `there`."""
+        late = there - self._until(time)
+        if late > 0 or not (self.working or self.host.resident == 1):
+            yield from self.go_on(time)
+            self.host.working -= self.working
+            if late > 0:
+                yield self.sim.at(self.sim.now + late)
+            self.working = False
+        self.host.working += not self.working
+        self.working = True
+
+    def leave(self) -> None:
+        """The CTA has ended."""
+        self.host.working -= self.working
+        self.host.resident -= 1
+        if self.host.resident == 0:
+            self.host.active += self.sim.now - self.host.since
 
 
 @dataclass
 class FastSimulation:
     """One kernel on a device. Takes and gives what `FullSimulation` does.
 
-    Timing assumption: CTAs that share an SM advance at the rate at which CTAs of their own kind share it.
+    Timing assumption: a work tile takes its course as it does on an SM whose data is never late; where something is
+    late at the point where it is needed, the whole CTA stands still until it is there. CTAs that share an SM advance
+    at the rate at which as many CTAs as are not waiting share it.
     """
 
     device: DeviceSpec
@@ -58,36 +114,29 @@ class FastSimulation:
         """Simulate. Raises Infeasible if the kernel does not fit."""
         k, p = self.kernel, self.problem
         per_sm = fit(k, p, self.device).ctas_per_sm
-        self._probe = Probe(self.device, self.clock_mhz, k, p)
-        self._pace = Pace(self._probe)
-        costs = self._probe.costs
+        probe = self._probe = Probe(self.device, self.clock_mhz, k, p)
+        blocks = range(-(-p.seqlen_q // k.BLOCK_M))
+        total = sum(probe.class_of(m).count for m in blocks) * p.heads_q * p.batch
+        together = self._together = max(1, tile_count(k, p) // MAX_CHUNKS) if k.grid.launch == "cta" else 1
+        self._pace = Pace(probe, max(1, total // MAX_CHUNKS // together), together)
+        costs = probe.costs
         sim = self._sim = Simulation()
         tma = k.copy == "tma"
         shared = SharedMemory(sim, costs, tma, self.options.seed)
         self._memory = PrivateMemory(sim, costs, tma) if self.options.private_memory else shared
-        self._where = tile_at(k, p)
-        self._tiles = tile_count(k, p)
-        self._next = 0
         self._done: dict[TileClass, int] = {}
-        self._learn()
-        count = self.device.sm.count
-        sms = [_Sm() for _ in range(count)]
-        slots = count * per_sm
-        launch = costs.ns(self.device.launch.kernel_us * 1000)
+        sms = [_Sm() for _ in range(self.device.sm.count)]
+        launch = self._end = costs.ns(self.device.launch.kernel_us * 1000)
         interval = costs.ns(self.device.launch.cta_interval_ns)
-        self._end = launch
-        for position in range(min(slots, self._tiles)):
-            host, at = sms[position % count], launch + position * interval
-            if k.grid.launch == "cta":
-                sim.start(self._one_after_the_other(host, at))
-            else:
-                sim.start(self._persistent(host, at, self._source(position, slots)))
+        grid = WorkTiles(k, p, len(sms) * per_sm, together)
+        for slot in range(min(grid.slots, grid.count)):
+            sim.start(self._slot(sms[slot % len(sms)], launch + slot * interval, grid.of_slot(slot)))
         sim.run()
         busy = dict.fromkeys(UNITS, 0)
         for tile, times in self._done.items():
             for unit, work in self._pace.busy(tile).items():
                 busy[unit] += work * times
-        busy |= {"l2": shared.l2.busy, "hbm": shared.hbm.busy}
+        busy |= {"l2": shared.l2.busy_until(self._end), "hbm": shared.hbm.busy_until(self._end)}
         return KernelRun(
             ticks=self._end,
             launch=launch,
@@ -95,144 +144,59 @@ class FastSimulation:
             busy=busy,
             read_byte=shared.read_byte,
             written_byte=shared.written_byte,
-            events=sim.events + self._probe.events,
+            events=sim.events + probe.events,
             ctas_per_sm=per_sm,
         )
 
-    def _learn(self) -> None:
-        """How far ahead of its use a KV tile is asked for, and which tensors a work tile moves how often."""
-        blocks = range(-(-self.problem.seqlen_q // self.kernel.BLOCK_M))
-        classes = {self._probe.class_of(m) for m in blocks}
-        longest = max(classes)
-        total = sum(self._probe.class_of(m).count for m in blocks) * self.problem.heads_q * self.problem.batch
-        self._chunk = 1 if self.options.private_memory else max(1, total // MAX_CHUNKS)
-        loop = self._pace.loop(longest)
-        far, further = 4 * loop, 8 * loop
-        late, later = self._pace.loop(longest, round(far)), self._pace.loop(longest, round(further))
-        # In a loop that waits for memory, `depth` requests are on their way at a time: time = (latency + rest) / depth.
-        depth = (further - far) / (later - late)
-        slack = max(0.0, far - depth * (late - loop))
-        self._issue = ticks(self.device.tma.issue_clk if self.kernel.copy == "tma" and self.device.tma else CP_ASYNC_CLK)
-        persistent = self.kernel.grid.launch != "cta"
-        self._patience = self._pace.patience(longest, round(far)) if persistent else 0
-        deep = max(1, round(depth) // self._chunk)
-        self._depth = deep
-        self._from_arrival = round((loop if deep == 1 else deep * self._chunk * loop) - slack)
-        trace = self._probe.run([self._pace.fold(longest)[0]])
-        self._loads = {tensor: callable(getattr(WorkTile, tensor)) for tensor in trace.fetched}
-        self._stores = {tensor: callable(getattr(WorkTile, tensor)) for tensor in trace.written}
-        """Tensor to: once for each KV tile (or once for the work tile)."""
+    def _slot(self, host: _Sm, begin: int, source: Iterator[Coordinates]) -> Steps:
+        """The CTAs that follow each other in one slot of an SM."""
+        yield self._sim.at(begin)
+        if self.kernel.grid.launch == "cta":
+            for where in source:
+                yield from self._cta(host, iter((where,)))
+        else:
+            yield from self._cta(host, source)
 
-    def _source(self, position: int, slots: int) -> Iterator[Coordinates]:
-        if self.kernel.grid.launch == "static":
-            return (self._where(i) for i in range(position, self._tiles, slots))
-        return self._counter()
-
-    def _counter(self) -> Iterator[Coordinates]:
-        while self._next < self._tiles:
-            self._next += 1
-            yield self._where(self._next - 1)
-
-    def _persistent(self, host: _Sm, at: int, source: Iterator[Coordinates]) -> Steps:
-        """The life of a CTA that takes tile after tile."""
-        sim, pace = self._sim, self._pace
-        yield sim.at(at)
-        begin = sim.now
-        yield sim.at(begin + pace.first_ask())
+    def _cta(self, host: _Sm, source: Iterator[Coordinates]) -> Steps:
+        """The life of one CTA: its work tiles' courses one after the other, as far as nothing holds it up."""
+        cta = _Cta(self._sim, self._pace, host)
+        asked = end = 0 if self.kernel.grid.launch == "cta" else self._pace.first_ask()
         before: tuple[TileClass, ...] = ()
-        tail = 0
-        ready: deque[int] = deque(maxlen=self._depth)
+        pending: deque[_Due] = deque()
+        yield from cta.go_on(asked)
         for where in source:
             tile = self._probe.class_of(where[0])
-            tail = pace.tail(before, tile)
-            yield from self._work(where, tile, lambda b=before, t=tile: pace.step(b, t), ready, not before)
-            before = (*before, tile)[-3:]
-        yield sim.at(sim.now + tail)
-        host.active += sim.now - begin
-        self._end = max(self._end, sim.now)
+            self._done[tile] = self._done.get(tile, 0) + self._together
+            course = self._pace.course(before, tile)
+            before = (*before, tile)[-WINDOW:]
+            arrivals: dict[int, int] = {}
+            new = [_Due(asked + mark.time, mark, where, arrivals) for mark in course.marks]
+            # At one time, what has to wait comes before what moves: nothing moves that waits for something.
+            pending = deque(sorted([*pending, *new], key=lambda due: (due.time, not due.mark.needed)))
+            end, asked = asked + course.end, asked + course.step
+            yield from self._pass(cta, pending, asked)
+        yield from self._pass(cta, pending, end)
+        cta.leave()
+        self._end = max(self._end, self._sim.now)
 
-    def _one_after_the_other(self, host: _Sm, at: int) -> Steps:
-        """The CTAs that follow each other in one slot of an SM, each with one tile."""
-        sim, pace = self._sim, self._pace
-        yield sim.at(at)
-        if host.resident == 0:
-            host.since = sim.now
-        host.resident += 1
-        first = True
-        for where in self._counter():
-            tile = self._probe.class_of(where[0])
+    def _pass(self, cta: _Cta, pending: deque[_Due], until: int) -> Steps:
+        """Go on to `until` in the CTA's own time, past every mark on the way."""
+        while pending and pending[0].time <= until:
+            due = pending.popleft()
+            if due.mark.needed:
+                yield from cta.need(due.time, due.arrivals[due.mark.number] - (due.mark.due - due.mark.time))
+            else:
+                yield from cta.go_on(due.time)
+                due.arrivals[due.mark.number] = self._move(due.mark, due.where)
+        yield from cta.go_on(until)
 
-            def duration(tile: TileClass = tile, first: bool = first) -> int:
-                return pace.share(tile, host.resident, first)
-
-            yield from self._work(where, tile, duration, deque(maxlen=self._depth), True)
-            first = False
-        host.resident -= 1
-        if host.resident == 0:
-            host.active += sim.now - host.since
-        self._end = max(self._end, sim.now)
-
-    def _work(self, where: Coordinates, kind: TileClass, duration: Any, ready: deque[int], first: bool) -> Steps:
-        """One work tile, perhaps the first of its CTA. `duration()` is its time as things stand; `ready` has when the last
-        chunks' data arrive."""
-        sim, memory, k = self._sim, self._memory, self.kernel
-        self._done[kind] = self._done.get(kind, 0) + 1
-        if self.options.private_memory:
-            yield sim.at(sim.now + duration())
-            return
-        assert isinstance(memory, SharedMemory)
-        tile = WorkTile(self.problem, k, where, 0, 0)
-        chunks = self._chunks(tile)
-        for number, (keys, size) in enumerate(chunks):
-            arrivals: list[int] = []
-            awaited, begin = 0, sim.now
-            for tensor, each in self._loads.items():
-                if first and arrivals and number == 0:
-                    yield sim.at(sim.now + self._issue)  # all SMs ask for their first tile before any asks for its next
-                if each:
-                    sharers = k.cluster if tensor in SHARED_TENSORS else 1
-                    expected = 0 if tensor in SHARED_TENSORS else memory.miss  # by the probes
-                    arrivals.append(memory.fetch(keys[tensor], size[tensor], sharers) - expected)
-                elif number == 0:
-                    whole: HbmTile = getattr(tile, tensor)
-                    awaited = max(awaited, memory.fetch(whole.key, whole.size_byte, 1))
-            arrival = max(arrivals, default=0)
-            late = 0
-            if number == 0:
-                # The probes know that what only this work tile reads is never in L2; it counts by how much later it comes.
-                # At the start of a CTA nothing can be done before the first tiles are there.
-                late = (max(awaited, *arrivals[:1]) if first else awaited - self._patience) - begin - memory.miss
-            for tensor, each in self._stores.items():
-                if each:
-                    late = max(late, memory.write(keys[tensor], size[tensor]) - begin)
-            now = duration()
-            share = now * (number + 1) // len(chunks) - now * number // len(chunks)
-            ready.append(arrival)
-            until = begin + share + max(0, late)
-            if len(ready) == self._depth:
-                until = max(until, ready[0] + self._from_arrival)
-            yield sim.at(until)
-        if not chunks:
-            yield sim.at(sim.now + duration())
-        for tensor, each in self._stores.items():
-            if not each:
-                out: HbmTile = getattr(tile, tensor)
-                memory.write(out.key, out.size_byte)
-
-    def _chunks(self, tile: WorkTile) -> list[tuple[dict[str, Any], dict[str, int]]]:
-        """For each chunk of KV tiles, by tensor: a key for the L2, and bytes."""
-        moved = [tensor for each in (self._loads, self._stores) for tensor, per_kv_tile in each.items() if per_kv_tile]
-        result = []
-        j = tile.first
-        while j <= tile.last:
-            block = tile.block(j)
-            lowest = block // self._chunk * self._chunk
-            number = block - lowest + 1
-            keys, sizes = {}, {}
-            for tensor in moved:
-                one: HbmTile = getattr(tile, tensor)(j)
-                keys[tensor] = (tensor, one.batch, one.head, 0 if tensor in SHARED_TENSORS else tile.m_block, lowest)
-                sizes[tensor] = one.size_byte + (number - 1) * one.full_byte
-            result.append((keys, sizes))
-            j += number
-        return result
+    def _move(self, mark: Mark, where: Coordinates) -> int:
+        """Let the memory have what moves at `mark`; returns when it can go on."""
+        m_block, head, batch = where
+        tensor, stored = mark.what
+        common = tensor in SHARED_TENSORS
+        row, head = (0, head // self.problem.heads_per_kv) if common else (m_block, head)
+        key: Key = (tensor, batch, head, row, mark.piece.block)
+        if stored:
+            return self._memory.write(key, mark.piece.size_byte)
+        return self._memory.fetch(key, mark.piece.size_byte, self.kernel.cluster if common else 1)

@@ -43,12 +43,16 @@ def tile_count(kernel: Kernel, problem: AttentionProblem) -> int:
 
 
 class WorkTiles:
-    """The work tiles of a launch, handed out to its CTAs; `slots` is how many CTAs are resident at a time."""
+    """The work tiles of a launch, handed out to its CTAs; `slots` is how many CTAs are resident at a time.
 
-    def __init__(self, kernel: Kernel, problem: AttentionProblem, slots: int) -> None:
+    If `together` is more than 1, each stands for so many that follow each other.
+    """
+
+    def __init__(self, kernel: Kernel, problem: AttentionProblem, slots: int, together: int = 1) -> None:
         self.slots = slots
-        self.count = tile_count(kernel, problem)
-        self._at = tile_at(kernel, problem)
+        self.count = -(-tile_count(kernel, problem) // together)
+        at = tile_at(kernel, problem)
+        self._at = at if together == 1 else lambda position: at(position * together)
         self._static = kernel.grid.launch == "static"
         self._next = 0
 

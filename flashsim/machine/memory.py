@@ -11,8 +11,6 @@ from flashsim.machine.costs import Costs
 
 SHARED_TENSORS = ("K", "V")
 """What many CTAs read, and L2 may hold; everything else is read by one."""
-STREAMED_TENSORS = ("K", "V", "S", "P")
-"""What is loaded for each KV tile; everything else is loaded once for a work tile."""
 
 Key = tuple[str, int, int, int, int]
 """Names a tile: tensor, batch, head, first row, first column."""
@@ -91,25 +89,17 @@ class SharedMemory:
 
 class PrivateMemory:
     """Memory that no other SM uses: K and V are in L2, what only one CTA reads is not, and nothing but the SM's own
-    link limits the rate. Everything comes late by `extra` ticks: (what is loaded for each KV tile, the rest)."""
+    link limits the rate."""
 
-    def __init__(self, sim: Simulation, costs: Costs, tma: bool, extra: tuple[int, int] = (0, 0)) -> None:
+    def __init__(self, sim: Simulation, costs: Costs, tma: bool) -> None:
         m, t = costs.device.memory, costs.device.tma
         l2_ns, hbm_ns = (t.l2_latency_ns, t.hbm_latency_ns) if tma and t else (m.l2_latency_ns, m.hbm_latency_ns)
         self.sim = sim
         self.latency = costs.ns(l2_ns)
         self.miss = costs.ns(hbm_ns) - self.latency
-        self._extra = extra
-        self.fetched: dict[str, int] = {}
-        """Tiles asked for, by tensor."""
-        self.written: dict[str, int] = {}
 
     def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
-        tensor = key[0]
-        self.fetched[tensor] = self.fetched.get(tensor, 0) + 1
-        extra = self._extra[0] if tensor in STREAMED_TENSORS else self._extra[1]
-        return self.sim.now + extra + (0 if tensor in SHARED_TENSORS else self.miss)
+        return self.sim.now + (0 if key[0] in SHARED_TENSORS else self.miss)
 
     def write(self, key: Key, size_byte: int) -> int:
-        self.written[key[0]] = self.written.get(key[0], 0) + 1
         return self.sim.now

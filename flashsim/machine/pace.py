@@ -1,18 +1,19 @@
-"""How long work tiles take on an SM with its memory for itself, learnt from a few probes.
+"""How long work tiles take on an SM with its memory for itself, learnt from a few probes, and when they need what.
 
-A KV loop is periodic: after a few KV tiles, every warpgroup starts its next ones at the same distances as before, to the
-tick. So a long work tile is probed at a shorter length, and whole periods are added. The schedule itself sees a shorter
-problem, whatever kind of loop it is written with; none of its variables is inspected.
+A KV loop is periodic: after a few KV tiles, every warpgroup starts its next ones at the same distances as before, to
+the tick. So a long work tile is probed at a shorter length, and whole periods are added. The schedule itself sees a
+shorter problem, whatever kind of loop it is written with; none of its variables is inspected.
 """
 
 from __future__ import annotations
 
 import sys
 from itertools import pairwise
-from statistics import fmean
+from typing import NamedTuple
 
-from flashsim.machine.probe import Probe, TileClass
-from flashsim.units import ticks
+from flashsim.machine.memory import SHARED_TENSORS
+from flashsim.machine.probe import STREAMED, Late, Probe, TileClass, What
+from flashsim.machine.tiles import HbmTile
 
 LENGTHS = (24, 48, 96)
 """Lengths at which a loop is tried, one after the other, until a period shows."""
@@ -22,22 +23,77 @@ MARGIN = 4
 """KV tiles by which a producer can be ahead of the loop whose period is looked at, and more."""
 WINDOW = 2
 """How many work tiles before a tile can still be felt in its time."""
+STEADY = 6
+"""From this KV tile of a work tile on, all are needed as long after they are asked for."""
+SAMPLE = 11
+"""KV tiles of the work tiles that are probed for that."""
 ROUNDS = 3
 """CTAs on each slot of a probe of several CTAs, of which the first round is the start."""
-SHORT = TileClass(6, 0, False, False)
-SHORT_PARTIAL = TileClass(6, 2, False, False)
-PHASES_CLK = (0, 300, 700, 1500)
-"""Distances between the starts of CTAs that share an SM, over which their times are averaged."""
+
+
+class Piece(NamedTuple):
+    """Some KV tiles' part of a tensor, taken together, or all that a work tile has of it."""
+
+    item: int
+    """The first of these KV tiles in the order in which they are visited."""
+    items: int
+    block: int
+    """The lowest block of keys."""
+    size_byte: int
+
+
+class Mark(NamedTuple):
+    """A point in the course of a work tile: something moves, or is needed. Ticks from when the tile was asked for, on
+    an SM that never waits for late data."""
+
+    time: int
+    """When it moves; or when something moves that has to wait if it is late."""
+    due: int
+    """When it has to be there."""
+    what: What
+    needed: bool
+    piece: Piece
+    number: int
+    """The same for the two marks of one thing."""
+
+    def times(self, n: int) -> Mark:
+        """`n` such things that follow each other, as if they were one."""
+        piece = self.piece._replace(size_byte=self.piece.size_byte * n)
+        return self._replace(time=self.time * n, due=self.due * n, piece=piece)
+
+
+class Course(NamedTuple):
+    """What a work tile does and when, after certain others and with nothing late. Ticks from when it is asked for."""
+
+    marks: tuple[Mark, ...]
+    step: int
+    """When the next one is asked for."""
+    end: int
+    """When the CTA ends if there is no next one."""
+
+    def times(self, n: int) -> Course:
+        """Of `n` such work tiles that follow each other, as if they were one."""
+        return Course(tuple(mark.times(n) for mark in self.marks), self.step * n, self.end * n)
 
 
 class Pace:
-    """Times of work tiles, by their class and what came before. Ticks."""
+    """Times of work tiles, by their class and what came before."""
 
-    def __init__(self, probe: Probe) -> None:
+    def __init__(self, probe: Probe, chunk: int = 1, together: int = 1) -> None:
+        """`chunk` KV tiles are taken together, and `together` work tiles."""
+        self.together = together
         self.probe = probe
+        self.chunk = chunk
+        self._one_each = probe.kernel.grid.launch == "cta"
         self._base: dict[TileClass, tuple[int, int, int]] = {}
-        self._shares: dict[int, tuple[float, float, float, float]] = {}
-        self._steps: dict[tuple[TileClass, ...], tuple[int, int]] = {}
+        self._courses: dict[tuple[tuple[TileClass, ...], TileClass], Course] = {}
+        self._parts: dict[tuple[str, TileClass], list[Piece]] = {}
+        self._slacks: dict[tuple[What, bool, int], tuple[int, int]] = {}
+        self._shares: dict[int, tuple[int, int]] = {}
+        tile = probe.typical
+        self._sample = tile._replace(count=min(tile.count, SAMPLE), partial=min(tile.partial, SAMPLE))
+
+    # Long loops.
 
     def fold(self, tile: TileClass) -> tuple[TileClass, int, int]:
         """(a short tile of the same kind, ticks that `tile` takes longer, KV tiles that it is longer)."""
@@ -62,59 +118,109 @@ class Pace:
                     return max(starts) + MARGIN + period, period, sum(gaps[0][-period:])
         return sys.maxsize, 1, 0
 
-    # One CTA at a time, which takes tile after tile.
+    # The course of a work tile.
 
-    def step(self, before: tuple[TileClass, ...], tile: TileClass) -> int:
-        """From when `tile` is asked for to when the next one is, after the tiles `before`."""
-        return self._step(before, tile)[0]
+    def course(self, before: tuple[TileClass, ...], tile: TileClass) -> Course:
+        """Of `tile`, after the tiles `before` in the same CTA."""
+        tiles = tuple(self.fold(t)[0] for t in (*before[-WINDOW:], tile))
+        if (tiles, tile) not in self._courses:
+            self._courses[tiles, tile] = self._course(tiles, tile)
+        return self._courses[tiles, tile]
 
-    def tail(self, before: tuple[TileClass, ...], tile: TileClass) -> int:
-        """From when no tile is left after `tile` to the end of the CTA."""
-        return self._step(before, tile)[1]
+    def _course(self, tiles: tuple[TileClass, ...], tile: TileClass) -> Course:
+        """Of `tile`; `tiles` are those before it and itself, shortened."""
+        _, longer, more = self.fold(tile)
+        trace = self.probe.run(tiles)
+        start = trace.asks[len(tiles) - 1]
+        length, period, duration = self._base[tile._replace(count=0)]
+        split = length - MARGIN - period + 1
 
-    def _step(self, before: tuple[TileClass, ...], tile: TileClass) -> tuple[int, int]:
-        folded = [self.fold(t) for t in (*before[-WINDOW:], tile)]
-        short = tuple(f[0] for f in folded)
-        if short not in self._steps:
-            trace = self.probe.run(short)
-            self._steps[short] = (trace.asks[-1] - trace.asks[-2], trace.end - trace.asks[-1])
-        step, tail = self._steps[short]
-        return step + folded[-1][1], tail
+        def when(times: dict[int, int], item: int) -> int:
+            if not more or item < split:
+                return times[item] - start
+            if item >= split + more:
+                return times[item - more] + longer - start
+            periods = (item - split) // period
+            return times[item - periods * period] + periods * duration - start
 
-    # Several CTAs at a time, each with one tile.
+        marks: list[Mark] = []
+        for what, times in trace.moves[len(tiles) - 1].items():
+            expected = 0 if what.stored or what.tensor in SHARED_TENSORS else self.probe.miss
+            for piece in self._pieces(what.tensor, tile):
+                if what.tensor in STREAMED:
+                    at = when(times, piece.item)
+                else:  # once: loads are at the start of a work tile, stores at its end
+                    at = times[0] - start + (longer if what.stored else 0)
+                slack, held = self._slack(what, len(tiles) == 1, piece.item)
+                number = len(marks) // 2
+                marks.append(Mark(at, at, what, False, piece, number))
+                marks.append(Mark(at + max(1, held), at + expected + slack * piece.items, what, True, piece, number))
+        marks.sort(key=lambda mark: (mark.time, not mark.needed))
+        end = trace.end - start + longer
+        course = Course(tuple(marks), end if self._one_each else trace.asks[len(tiles)] - start + longer, end)
+        return course if self.together == 1 else course.times(self.together)
 
-    def share(self, tile: TileClass, resident: int, first: bool) -> int:
-        """Time of a CTA with `tile` while `resident` such CTAs share the SM; the `first` ones start together.
+    def _pieces(self, tensor: str, tile: TileClass) -> list[Piece]:
+        """The parts of `tensor` that are taken together, in the order of the KV tiles."""
+        if (tensor, tile) not in self._parts:
+            self._parts[tensor, tile] = self._divide(tensor, tile)
+        return self._parts[tensor, tile]
 
-        A sum of a time for the CTA, one for each KV tile, and one more for each partial tile. CTAs that share units stay
-        in the phase in which they met, which the hardware does not fix, so the times are means over several.
+    def _divide(self, tensor: str, tile: TileClass) -> list[Piece]:
+        work = self.probe.work_tile(tile)
+        if tensor not in STREAMED:
+            return [Piece(0, 1, 0, getattr(work, tensor).size_byte)]
+        pieces = []
+        item = 0
+        while item < tile.count:
+            block = work.block(item)
+            lowest = block // self.chunk * self.chunk
+            items = block - lowest + 1
+            first: HbmTile = getattr(work, tensor)(item)
+            pieces.append(Piece(item, items, lowest, first.size_byte + (items - 1) * first.full_byte))
+            item += items
+        return pieces
+
+    def _slack(self, what: What, first: bool, item: int) -> tuple[int, int]:
+        """(ticks by which `what` of KV tile `item` can be late without making the SM wait, ticks from when it is asked
+        for, or written, to the first move that has to wait if it is late).
+
+        It is let come later than everything else takes. `first`: in the first work tile of a CTA.
         """
-        if resident not in self._shares:
-            self._shares[resident] = self._measure_share(resident)
-        first_cta, cta, kv_tile, partial = self._shares[resident]
-        return round((first_cta if first else cta) + kv_tile * tile.count + partial * tile.partial)
+        key = (what, first, min(item, STEADY))
+        if key not in self._slacks:
+            sample = self._sample
+            tiles = [sample] if self._one_each else [sample] * 2
+            tile = 0 if self._one_each or first or what.stored else 1
+            item = min(key[2], sample.count - 1) if what.tensor in STREAMED else 0
+            on_time = self.probe.run(tiles)
+            late = self.probe.run(tiles, late=Late(what, tile, item, on_time.end))
+            waited = late.end - on_time.end
+            begin = on_time.moves[tile][what][item]
+            waiting = [
+                time - begin
+                for before, after in zip(on_time.moves, late.moves, strict=True)
+                for moved, times in before.items()
+                for number, time in times.items()
+                if time > begin and after[moved][number] - time > waited / 2
+            ]
+            self._slacks[key] = max(0, on_time.end - waited), min(waiting, default=on_time.end - begin)
+        return self._slacks[key]
 
-    def _measure_share(self, resident: int) -> tuple[float, float, float, float]:
-        """Ticks of a CTA that starts with the others, of one that follows another, of a KV tile, more if partial."""
-        phases = PHASES_CLK if resident > 1 else (0,)
-        loop = fmean(self._loop_of(resident, ticks(phase)) for phase in phases)
-        first = fmean(self.probe.run([SHORT] * resident, resident, offset=ticks(p)).end - ticks(p) for p in phases)
-        one, some = (fmean(self._round(tile, resident, ticks(p)) for p in phases) for tile in (SHORT, SHORT_PARTIAL))
-        loops = loop * SHORT.count
-        return first - loops, one - loops, loop, (some - one) / SHORT_PARTIAL.partial
+    # Several CTAs at a time.
 
-    def _loop_of(self, resident: int, offset: int) -> float:
-        """Ticks of one KV tile of each of `resident` CTAs that run side by side."""
-        tile = SHORT._replace(count=LENGTHS[0])
-        walks = self.probe.run([tile] * resident, resident, offset=offset).walks
-        # The last CTAs' last KV tiles are alone on the SM, the first ones' first too.
-        last, first = LENGTHS[0] - 2, LENGTHS[0] // 3
-        return fmean((walk[last] - walk[first]) / (last - first) for walk in walks)
-
-    def _round(self, tile: TileClass, resident: int, offset: int) -> float:
-        """Ticks of a round of CTAs, each of which follows another."""
-        one, all_rounds = (self.probe.run([tile] * (resident * r), resident, offset=offset).end for r in (1, ROUNDS))
-        return (all_rounds - one) / (ROUNDS - 1)
+    def share(self, working: int) -> tuple[int, int]:
+        """(ticks that a CTA works while `working` of them do on one SM, ticks that it works alone)."""
+        if working not in self._shares:
+            tile = self.probe.typical
+            tile = tile._replace(count=min(tile.count, LENGTHS[0]), partial=min(tile.partial, LENGTHS[0]))
+            waits = min(mark.time for mark in self.course((), tile).marks if mark.needed)
+            launch = self.probe.device.launch
+            offset = self.probe.costs.ns(launch.cta_interval_ns) * self.probe.device.sm.count
+            one, several = (self.probe.run([tile] * (working * n), working, offset).end for n in (1, ROUNDS))
+            alone = self.probe.run([tile]).end - waits
+            self._shares[working] = max(alone, (several - one) // (ROUNDS - 1) - waits), alone
+        return self._shares[working]
 
     def first_ask(self) -> int:
         """From the start of a CTA to its first question for a tile."""
@@ -128,18 +234,6 @@ class Pace:
             return base
         longer = self.probe.run([short._replace(count=short.count + 1)]).busy
         return {unit: base[unit] + (longer[unit] - base[unit]) * more for unit in base}
-
-    def loop(self, tile: TileClass, extra: int = 0) -> float:
-        """Ticks of one KV tile in a long loop, with K and V `extra` ticks late."""
-        walks = self.probe.run([tile._replace(count=LENGTHS[0] + tile.partial)], 1, (extra, 0)).walks
-        walk = max(walks, key=lambda starts: starts[-1])
-        return (walk[-1] - walk[-1 - LENGTHS[0] // 2]) / (LENGTHS[0] // 2)
-
-    def patience(self, tile: TileClass, late: int) -> int:
-        """By how many ticks a CTA's next work tile can have its Q late without being late itself, up to `late`."""
-        short = self.fold(tile)[0]
-        on_time, waited = (self.probe.run([short] * 3, 1, (0, extra)).asks for extra in (0, late))
-        return max(0, late - (waited[-1] - waited[-2]) + (on_time[-1] - on_time[-2]))
 
 
 def _periodic_from(gaps: list[int], period: int) -> int:

@@ -6,28 +6,32 @@ work tiles can differ; a probe runs a handful of them, shortened, through the re
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from flashsim.devices import DeviceSpec
 from flashsim.engine import Simulation
-from flashsim.errors import SimulationError
 from flashsim.machine.costs import Costs
-from flashsim.machine.cta import CTA
-from flashsim.machine.memory import PrivateMemory
+from flashsim.machine.cta import CTA, deadlock
+from flashsim.machine.memory import Key, PrivateMemory
 from flashsim.machine.options import Options
 from flashsim.machine.sm import SM, UNITS
-from flashsim.machine.tiles import Shortened, walk_of
+from flashsim.machine.tiles import Shortened, WorkTile, walk_of
 from flashsim.problem import AttentionProblem, KVWalk, num_q_tiles
 from flashsim.schedules.base import Kernel
+
+STREAMED = {"K": 3, "V": 3, "S": 4, "P": 4}
+"""Tensors that every KV tile has a part of, and where in the part's key its keys' position is."""
+ROOM = 256
+"""KV tiles by which a probe's keys are longer than the problem's, so that a loop can be tried at any length."""
 
 
 class TileClass(NamedTuple):
     """What decides how long a work tile takes, its memory traffic apart."""
 
-    count: int
-    """KV tiles."""
+    count: int  # type: ignore[assignment] # of KV tiles, not tuple.count
     partial: int
     """How many of them need masking."""
     short_q: bool
@@ -36,19 +40,34 @@ class TileClass(NamedTuple):
     """The first KV tile that it visits ends with the keys."""
 
 
+class What(NamedTuple):
+    """Something that moves between HBM and the SM."""
+
+    tensor: str
+    stored: bool
+
+
+class Late(NamedTuple):
+    """One thing that a probe lets come late: what, of which KV tile of which work tile, by how many ticks."""
+
+    what: What
+    tile: int
+    item: int
+    by: int
+
+
 @dataclass(frozen=True)
 class Trace:
     """What happened on the SM. Times in ticks from the start of the first CTA."""
 
     asks: tuple[int, ...]
-    """When each work tile was asked for; the last one found that there was none left."""
+    """When each work tile was asked for; of a CTA that takes many, the last one found that there was none left."""
     end: int
     busy: dict[str, int]
-    fetched: dict[str, int]
-    written: dict[str, int]
+    moves: list[dict[What, dict[int, int]]]
+    """For each work tile: when the part of each of its KV tiles moved; 0 stands for all that moves once."""
     walks: list[list[int]]
     """For each warpgroup, when it started each KV tile."""
-    events: int
 
 
 class Probe:
@@ -57,9 +76,11 @@ class Probe:
     def __init__(self, device: DeviceSpec, clock_mhz: float, kernel: Kernel, problem: AttentionProblem) -> None:
         self.device = device
         self.costs = Costs(device, clock_mhz)
+        self.miss = PrivateMemory(Simulation(), self.costs, kernel.copy == "tma").miss
         self.kernel = kernel
         self.problem = problem
         self.events = 0
+        self._long = replace(problem, seqlen_k=problem.seqlen_k + ROOM * kernel.BLOCK_N)
         self._blocks = num_q_tiles(problem, kernel.BLOCK_M)
         self._traces: dict[Any, Trace] = {}
         self._classes: dict[int, TileClass] = {}
@@ -74,60 +95,100 @@ class Probe:
             self._classes[m_block] = TileClass(walk.count, walk.partial, short_q, short_k)
         return self._classes[m_block]
 
-    def run(self, tiles: Sequence[TileClass], slots: int = 1, extra: tuple[int, int] = (0, 0), offset: int = 0) -> Trace:
-        """Run `tiles` one after the other, on `slots` CTAs at a time that start `offset` ticks apart; K and V, and what
-        else is loaded, arrive `extra` ticks late.
+    @property
+    def typical(self) -> TileClass:
+        """The longest class of the kind that has most KV tiles."""
+        total: Counter[TileClass] = Counter()
+        for m_block in range(self._blocks):
+            tile = self.class_of(m_block)
+            total[tile._replace(count=0)] += tile.count
+        (kind, _), *_ = total.most_common(1)
+        return max(tile for tile in self._classes.values() if tile._replace(count=0) == kind)
 
-        Raises SimulationError if the schedule does not come to its end.
+    def work_tile(self, tile: TileClass) -> WorkTile:
+        """A work tile of this class."""
+        m_block = self._blocks - 1 if tile.short_q else 0
+        walk = KVWalk(tile.count - 1, tile.count, tile.partial)
+        return WorkTile(self.problem, self.kernel, Shortened((m_block, 0, 0), walk), 0, 0)
+
+    def run(self, tiles: Sequence[TileClass], slots: int = 1, offset: int = 0, late: Late | None = None) -> Trace:
+        """Run `tiles` one after the other, on `slots` CTAs at a time that start `offset` ticks apart.
+
+        Raises Deadlock if the schedule does not come to its end.
         """
-        key = (tuple(tiles), slots, extra, offset)
+        key = (tuple(tiles), slots, offset, late)
         if key not in self._traces:
-            self._traces[key] = self._run(tiles, slots, extra, offset)
+            self._traces[key] = self._run(tiles, slots, offset, late)
         return self._traces[key]
 
-    def _run(self, tiles: Sequence[TileClass], slots: int, extra: tuple[int, int], offset: int) -> Trace:
+    def _run(self, tiles: Sequence[TileClass], slots: int, offset: int, late: Late | None) -> Trace:
         k = self.kernel
         sim = Simulation()
-        memory = PrivateMemory(sim, self.costs, k.copy == "tma", extra)
+        todo = [self._shortened(tile, number) for number, tile in enumerate(tiles)]
+        memory = _WatchedMemory(sim, self.costs, k, [tile.walk.first for tile in todo], late)
         sm = SM(sim, self.costs, memory)
         sm.walks = []
-        queue = [self._shortened(tile) for tile in tiles]
-        queue.reverse()
+        todo.reverse()
         asks: list[int] = []
-        running = ends = 0
+        running: list[CTA] = []
+        end = 0
 
         def ask() -> Shortened | None:
             asks.append(sim.now)
-            return queue.pop() if queue else None
+            return todo.pop() if todo else None
 
         def start_one() -> None:
-            nonlocal running
-            running += 1
-            if k.grid.launch == "cta":
-                one = [queue.pop()]
-                asks.append(sim.now)
-                CTA(sm, k, self.problem, lambda: one.pop() if one else None, done, Options()).start()
-            else:
-                CTA(sm, k, self.problem, ask, done, Options()).start()
+            one = [ask()] if k.grid.launch == "cta" else []
+            tiles = (lambda: one.pop() if one else None) if k.grid.launch == "cta" else ask
+            running.append(CTA(sm, k, self._long, tiles, done, Options()))
+            running[-1].start()
 
-        def done(_: CTA) -> None:
-            nonlocal running, ends
-            running -= 1
-            ends = sim.now
-            if queue:
+        def done(cta: CTA) -> None:
+            nonlocal end
+            running.remove(cta)
+            end = sim.now
+            if todo:
                 start_one()
 
-        for slot in range(min(slots, len(queue))):
+        for slot in range(min(slots, len(todo))):
             sim.call(slot * offset, start_one)
         sim.run()
-        if running or queue:
-            raise SimulationError(f"{k.name} stops before its end on one SM; `flashsim check` says where")
+        if running:
+            raise deadlock(running, sim.now)
         self.events += sim.events
         busy = {name: sm.units[name].busy for name in UNITS}
-        return Trace(tuple(asks), ends, busy, memory.fetched, memory.written, sm.walks, sim.events)
+        return Trace(tuple(asks), end, busy, memory.moves, sm.walks)
 
-    def _shortened(self, tile: TileClass) -> Shortened:
+    def _shortened(self, tile: TileClass, number: int) -> Shortened:
+        """Work tile `number` of a probe, which lies in a batch entry of its own."""
         m_block = self._blocks - 1 if tile.short_q else 0
-        last = -(-self.problem.seqlen_k // self.kernel.BLOCK_N) - 1
+        last = -(-self._long.seqlen_k // self.kernel.BLOCK_N) - 1
         first = last if tile.short_k else tile.count - 1
-        return Shortened((m_block, 0, 0), KVWalk(first, tile.count, tile.partial))
+        return Shortened((m_block, 0, number), KVWalk(first, tile.count, tile.partial))
+
+
+class _WatchedMemory(PrivateMemory):
+    """Notes what moves when, and lets one thing come late."""
+
+    def __init__(self, sim: Simulation, costs: Costs, kernel: Kernel, first: list[int], late: Late | None) -> None:
+        """`first` has each work tile's first block of keys."""
+        super().__init__(sim, costs, kernel.copy == "tma")
+        self._width = kernel.BLOCK_N
+        self._first = first
+        self._late = late
+        self.moves: list[dict[What, dict[int, int]]] = [{} for _ in first]
+
+    def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
+        return super().fetch(key, size_byte, sharers) + self._note(key, stored=False)
+
+    def write(self, key: Key, size_byte: int) -> int:
+        return super().write(key, size_byte) + self._note(key, stored=True)
+
+    def _note(self, key: Key, stored: bool) -> int:
+        """By how many ticks this is to be late."""
+        what, tile = What(key[0], stored), key[1]
+        axis = STREAMED.get(what.tensor)
+        item = 0 if axis is None else self._first[tile] - int(key[axis]) // self._width
+        self.moves[tile].setdefault(what, {}).setdefault(item, self.sim.now)
+        late = self._late
+        return late.by if late and (late.what, late.tile, late.item) == (what, tile, item) else 0

@@ -1,0 +1,126 @@
+"""The fast path against the full simulation of every SM and every CTA, on devices small enough to afford it.
+
+`-s` prints every case and the worst. A case is a random problem on a GPU of a few H100 SMs, with HBM and L2 of 0.5 to 2
+times their share of an H100's.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import pytest
+
+from flashsim.devices import DeviceSpec, load_device
+from flashsim.machine.fast import FastSimulation
+from flashsim.machine.gpu import FullSimulation, KernelRun
+from flashsim.machine.options import Options
+from flashsim.problem import AttentionProblem
+from flashsim.schedules import load_schedule
+
+H100 = load_device("h100-sxm5")
+MEMORY_MATTERS = 1.05
+"""A case in which shared memory makes the full simulation this much slower than private memory is one where it binds or
+nearly binds."""
+FA3_SWITCHES: list[dict[str, str]] = [
+    {},
+    {},
+    {"build": "2024-07"},
+    {"intra_wg_overlap": "false"},
+    {"num_stages": "3", "BLOCK_N": "80"},
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    schedule: str
+    device: DeviceSpec
+    problem: AttentionProblem
+    switches: dict[str, str]
+
+    def run(self, kind: type[FastSimulation] | type[FullSimulation], private: bool) -> KernelRun:
+        chosen = load_schedule(self.schedule).configure(self.problem, "hopper", self.switches)
+        (kernel,) = chosen.kernels(self.problem)
+        return kind(self.device, 1500, kernel, self.problem, Options(private_memory=private)).run()
+
+    def __str__(self) -> str:
+        p, d = self.problem, self.device
+        sizes = f"B {p.batch} H {p.heads_q}/{p.heads_kv} S {p.seqlen_q} D {p.head_dim} {p.mask}"
+        return (
+            f"{self.schedule} on {d.sm.count} SMs, {d.memory.hbm_byte_per_ns:.0f} B/ns, {sizes} {self.switches or ''}"
+        )
+
+
+def cases(schedule: str, count: int, seed: int) -> Iterator[Case]:
+    draw = random.Random(seed)
+    for _ in range(count):
+        sms = draw.choice([2, 3, 4, 6])
+        share = sms / H100.sm.count
+        memory = replace(
+            H100.memory,
+            hbm_byte_per_ns=H100.memory.hbm_byte_per_ns * share * draw.choice([0.5, 1, 2]),
+            l2_byte_per_ns=H100.memory.l2_byte_per_ns * share,
+            l2_share_byte=int(H100.memory.l2_share_byte * share * draw.choice([0.5, 1, 2])),
+        )
+        heads = draw.choice([2, 3, 4, 6, 8])
+        problem = AttentionProblem(
+            batch=draw.choice([1, 2]),
+            heads_q=heads,
+            heads_kv=draw.choice([h for h in range(1, heads + 1) if heads % h == 0]),
+            seqlen_q=draw.choice([512, 777, 1024, 1500, 2048]),
+            head_dim=draw.choice([64, 128]),
+            mask=draw.choice(["full", "causal"]),
+        )
+        device = replace(H100, sm=replace(H100.sm, count=sms), memory=memory)
+        yield Case(schedule, device, problem, draw.choice(FA3_SWITCHES) if schedule == "fa3" else {})
+
+
+def errors(schedule: str, count: int, seed: int) -> tuple[list[float], list[float]]:
+    """Errors of the fast path with shared memory: where compute binds, and where memory does or nearly does."""
+    compute, memory = [], []
+    for case in cases(schedule, count, seed):
+        full = case.run(FullSimulation, private=False).ticks
+        slowdown = full / case.run(FullSimulation, private=True).ticks
+        error = case.run(FastSimulation, private=False).ticks / full - 1
+        print(f"{error:+.2%} memory makes it {slowdown:.2f} times as long: {case}")  # noqa: T201
+        (memory if slowdown >= MEMORY_MATTERS else compute).append(error)
+    for name, found in (("compute", compute), ("memory", memory)):
+        worst, mean = max(map(abs, found)), fmean(map(abs, found))
+        print(f"{schedule}, {name} binds: {len(found)} cases, mean {mean:.2%}, worst {worst:.2%}")  # noqa: T201
+    return compute, memory
+
+
+@pytest.mark.parametrize("warp_specialized", ["true", "false"])
+def test_equal_ticks_where_no_memory_is_shared(warp_specialized: str) -> None:
+    """With one CTA on each SM: every tick of the end, and of every unit's work, persistent CTAs and single ones."""
+    for case in cases("fa3", 12, seed=1):
+        case = replace(case, switches={**case.switches, "warp_specialized": warp_specialized})
+        full, fast = case.run(FullSimulation, private=True), case.run(FastSimulation, private=True)
+        assert (fast.ticks, fast.active) == (full.ticks, full.active), case
+        assert {u: fast.busy[u] for u in ("tensor", "exp", "fma", "alu", "smem")} == {
+            u: full.busy[u] for u in ("tensor", "exp", "fma", "alu", "smem")
+        }, case
+
+
+def test_fa3_with_shared_memory() -> None:
+    compute, memory = errors("fa3", 24, seed=2)
+    assert min(len(compute), len(memory)) >= 6
+    assert max(map(abs, compute)) <= 0.01
+    assert max(map(abs, memory)) <= 0.04
+    assert fmean(map(abs, memory)) <= 0.01
+
+
+def test_fa2_with_shared_memory() -> None:
+    """Two CTAs share an SM, in phases that the fast path knows only on average: it is less exact than for fa3."""
+    compute, memory = errors("fa2", 16, seed=3)
+    assert max(map(abs, compute + memory)) <= 0.06
+    assert fmean(map(abs, compute + memory)) <= 0.03
+
+
+def test_what_a_whole_h100_costs() -> None:
+    """16 heads of 16384 queries: 75 000 KV tiles an SM, in less than 100 000 events in all."""
+    problem = AttentionProblem(batch=1, heads_q=16, seqlen_q=16384, head_dim=128)
+    (kernel,) = load_schedule("fa3").configure(problem, "hopper", {}).kernels(problem)
+    assert FastSimulation(H100, 1830, kernel, problem).run().events < 100_000
