@@ -1,4 +1,6 @@
-"""Draw the README's picture: `flashsim run scenarios/h100-forward.toml --json | python docs/picture.py > docs/h100-forward.svg`.
+"""Draw the README's picture.
+
+    flashsim run scenarios/h100-forward.toml --json | python docs/picture.py > docs/h100-forward.svg
 
 Lines are predictions, dots are published measurements, both in TFLOP/s over the sequence length.
 """
@@ -60,9 +62,11 @@ def main() -> None:
         out.append(f'<g transform="translate({LEFT + number * (WIDTH + GAP + 20)},{TOP})">')
         out += [*panel(cases, head_dim, mask), "</g>"]
     clock = cases[0]["result"]["clock_mhz"]
-    out.append(f'<text x="{LEFT}" y="{TOP + HEIGHT + 44}">H100 SXM5, forward, fp16, 16k tokens: TFLOP/s over sequence '
-               f"length. Lines: predicted at {clock:.0f} MHz. Dots: published (arXiv 2407.08608, figure 5; power-capped, "
-               "clock unknown).</text>")  # fmt: skip
+    caption = (
+        f"H100 SXM5, forward, fp16, 16k tokens: TFLOP/s over sequence length. Lines: predicted at {clock:.0f} MHz. "
+        "Dots: published (arXiv 2407.08608, figure 5), power-capped, clock unknown."
+    )
+    out.append(f'<text x="{LEFT}" y="{TOP + HEIGHT + 44}">{caption}</text>')
     for number, (schedule, color) in enumerate(COLORS.items()):
         left, top = LEFT + 180 * number, TOP + HEIGHT + 68
         out.append(f'<path d="M{left} {top - 4}h24" stroke="{color}" stroke-width="3"/>')

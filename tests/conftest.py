@@ -10,8 +10,8 @@ from pathlib import Path
 # Small products in float64 are quicker on one thread, by far where the machine is busy; must be set before numpy loads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import pytest  # noqa: E402
-from hypothesis import settings  # noqa: E402
+import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 

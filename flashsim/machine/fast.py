@@ -25,8 +25,10 @@ from flashsim.machine.tiles import Coordinates
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Kernel
 
-MAX_CHUNKS = 10_000
-"""KV tiles are taken together, and work tiles that each have a CTA, as many as it needs to have no more than this."""
+MAX_CHUNKS = 15_000
+"""KV tiles are taken together, and work tiles that share nothing, as many as it needs to have no more chunks than this."""
+MAX_CHUNKS_OF_STREAM = 5_000
+"""The same for the kernels of a library, which stream through memory at one rate from their start to their end."""
 
 
 @dataclass
@@ -117,8 +119,11 @@ class FastSimulation:
         probe = self._probe = Probe(self.device, self.clock_mhz, k, p)
         blocks = range(-(-p.seqlen_q // k.BLOCK_M))
         total = sum(probe.class_of(m).count for m in blocks) * p.heads_q * p.batch
-        together = self._together = max(1, tile_count(k, p) // MAX_CHUNKS) if k.grid.launch == "cta" else 1
-        self._pace = Pace(probe, max(1, total // MAX_CHUNKS // together), together)
+        # Work tiles that have nothing in common can be taken together: their traffic just adds up.
+        common = k.grid.launch != "cta" or not probe.tensors.isdisjoint(SHARED_TENSORS)
+        chunks = MAX_CHUNKS_OF_STREAM if k.library else MAX_CHUNKS
+        together = self._together = 1 if common else max(1, tile_count(k, p) // chunks)
+        self._pace = Pace(probe, max(1, total // chunks // together), together)
         costs = probe.costs
         sim = self._sim = Simulation()
         tma = k.copy == "tma"

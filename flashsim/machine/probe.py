@@ -105,6 +105,13 @@ class Probe:
         (kind, _), *_ = total.most_common(1)
         return max(tile for tile in self._classes.values() if tile._replace(count=0) == kind)
 
+    @property
+    def tensors(self) -> set[str]:
+        """What a work tile loads or stores."""
+        tile = self.typical
+        trace = self.run([tile._replace(count=min(tile.count, 2), partial=min(tile.partial, 2))])
+        return {what.tensor for what in trace.moves[0]}
+
     def work_tile(self, tile: TileClass) -> WorkTile:
         """A work tile of this class."""
         m_block = self._blocks - 1 if tile.short_q else 0

@@ -20,9 +20,12 @@ Effect = Callable[[], None]
 
 
 class Record:
-    """Timelines of one warpgroup: its own, one for its products and one for its stores, which complete in order of
-    issue (wgmma groups and bulk-copy groups are waited for in commit order), and one for the loads into each place, which
-    complete in any order; a second load into a place before the first has been waited for is a race."""
+    """Timelines of one warpgroup.
+
+    Its own; one for its products and one for its stores, which complete in order of issue (wgmma groups and bulk-copy
+    groups are waited for in commit order); and one for the loads into each place, which complete in any order. A second
+    load into a place before the first has been waited for is a race.
+    """
 
     def __init__(self, agent: Agent) -> None:
         self.agent = agent
@@ -58,7 +61,9 @@ class Record:
     def unawaited(self, known: Clock) -> list[str]:
         """Operations whose end nobody knows of, given what everybody knows together."""
         queues = [self._products, self._stores, *self._loads.values()]
-        return [f"nobody waits for the end of {q.name} ({q.count} of them)" for q in queues if known.get(q, 0) < q.count]
+        return [
+            f"nobody waits for the end of {q.name} ({q.count} of them)" for q in queues if known.get(q, 0) < q.count
+        ]
 
     def load(self, source: HbmTile, into: View, completion: Completion) -> Effect:
         on = self._loads.setdefault((into.buffer, into.span), Timeline(f"a load into {into}"))
