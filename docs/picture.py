@@ -11,7 +11,7 @@ import json
 import sys
 from typing import Any
 
-WIDTH, HEIGHT, LEFT, TOP, GAP = 400, 250, 56, 48, 40
+WIDTH, HEIGHT, LEFT, TOP, GAP = 400, 250, 56, 48, 60
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 TOP_TFLOPS = 800
 COLORS = {"fa3": "#0b6e4f", "fa2": "#1f5fa8", "standard": "#8a8a8a"}
@@ -52,7 +52,7 @@ def panel(cases: list[dict[str, Any]], head_dim: int, mask: str) -> list[str]:
 
 def main() -> None:
     cases = json.load(sys.stdin)["cases"]
-    width, height = LEFT + 2 * WIDTH + GAP + 60, TOP + HEIGHT + 92
+    width, height = LEFT + 2 * WIDTH + GAP + 60, TOP + HEIGHT + 110
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
         "<style>text{font:12px sans-serif;fill:#333}.title{font-weight:bold}.grid{stroke:#ddd}</style>",
@@ -62,13 +62,14 @@ def main() -> None:
         out.append(f'<g transform="translate({LEFT + number * (WIDTH + GAP + 20)},{TOP})">')
         out += [*panel(cases, head_dim, mask), "</g>"]
     clock = cases[0]["result"]["clock_mhz"]
-    caption = (
-        f"H100 SXM5, forward, fp16, 16k tokens: TFLOP/s over sequence length. Lines: predicted at {clock:.0f} MHz. "
-        "Dots: published (arXiv 2407.08608, figure 5), power-capped, clock unknown."
+    captions = (
+        f"H100 SXM5, forward, fp16, 16k tokens: TFLOP/s over sequence length. Lines: predicted at {clock:.0f} MHz.",
+        "Dots: published (arXiv 2407.08608, figure 5); a power cap held that clock lower, to what is unknown.",
     )
-    out.append(f'<text x="{LEFT}" y="{TOP + HEIGHT + 44}">{caption}</text>')
+    for number, caption in enumerate(captions):
+        out.append(f'<text x="{LEFT}" y="{TOP + HEIGHT + 44 + 18 * number}">{caption}</text>')
     for number, (schedule, color) in enumerate(COLORS.items()):
-        left, top = LEFT + 180 * number, TOP + HEIGHT + 68
+        left, top = LEFT + 180 * number, TOP + HEIGHT + 90
         out.append(f'<path d="M{left} {top - 4}h24" stroke="{color}" stroke-width="3"/>')
         out.append(f'<text x="{left + 32}" y="{top}">{NAMES[schedule]}</text>')
     sys.stdout.write("\n".join([*out, "</svg>", ""]))
