@@ -19,6 +19,7 @@ from flashsim.machine.gpu import FullSimulation, KernelRun
 from flashsim.machine.options import Options
 from flashsim.problem import AttentionProblem
 from flashsim.schedules import load_schedule
+from flashsim.simulate import simulate
 
 H100 = load_device("h100-sxm5")
 MEMORY_MATTERS = 1.05
@@ -117,6 +118,21 @@ def test_fa2_with_shared_memory() -> None:
     compute, memory = errors("fa2", 16, seed=3)
     assert max(map(abs, compute + memory)) <= 0.06
     assert fmean(map(abs, compute + memory)) <= 0.03
+
+
+@pytest.mark.parametrize(
+    ("schedule", "problem"),
+    [
+        ("fa2", AttentionProblem(batch=16, heads_q=16, seqlen_q=512, head_dim=128, mask="causal")),
+        ("fa3", AttentionProblem(batch=16, heads_q=16, seqlen_q=512, head_dim=128, mask="causal")),
+        ("standard", AttentionProblem(batch=8, heads_q=32, seqlen_q=512, head_dim=64)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_on_a_whole_h100(schedule: str, problem: AttentionProblem) -> None:
+    fast, full = (simulate(problem, schedule, H100, full=full).time_us for full in (False, True))
+    print(f"{schedule}: {fast:.1f} us, {full:.1f} us in full, {fast / full - 1:+.2%}")  # noqa: T201
+    assert fast == pytest.approx(full, rel=0.02)
 
 
 def test_what_a_whole_h100_costs() -> None:

@@ -151,6 +151,13 @@ def fa2_cases(draw: st.DrawFn) -> Case:
     return Case("fa2", gpu, draw(st.sampled_from([1, 1, 2, 3])), problem, options, draw(latencies))
 
 
+@st.composite
+def standard_cases(draw: st.DrawFn) -> Case:
+    options = {"BLOCK_M": draw(st.sampled_from([64, 128])), "BLOCK_N": draw(st.sampled_from([64, 128]))}
+    gpu = draw(st.sampled_from(["h100-sxm5", "a100-sxm4-80gb", "l4"]))
+    return Case("standard", gpu, draw(st.sampled_from([1, 2])), draw(problems(64, 64)), options, draw(latencies))
+
+
 def accepted(result: Result) -> None:
     found = result.functional
     assert found is not None
@@ -164,6 +171,11 @@ def accepted(result: Result) -> None:
 @settings(max_examples=2 * settings().max_examples)
 def test_fa3_is_exact_whatever_the_latencies(case: Case) -> None:
     event(f"producer {case.options['warp_specialized']}, overlap {case.options['intra_wg_overlap']}")
+    accepted(case.simulate(functional=True, draw=case.latencies.draw()))
+
+
+@given(standard_cases())
+def test_standard_is_exact_whatever_the_latencies(case: Case) -> None:
     accepted(case.simulate(functional=True, draw=case.latencies.draw()))
 
 
