@@ -32,7 +32,7 @@ FA3_SWITCHES: list[dict[str, str]] = [
     {"intra_wg_overlap": "false", "BLOCK_M": "128"},
     {"num_stages": "3", "BLOCK_N": "80"},
 ]
-WITHOUT_TURNS: list[dict[str, str]] = [{"pingpong": "false"}, {"intra_wg_overlap": "false", "BLOCK_M": "192"}]
+WITHOUT_TURNS: list[dict[str, str]] = [{"pingpong": "false"}, {"pingpong": "false", "intra_wg_overlap": "false"}]
 
 
 @dataclass(frozen=True)
