@@ -27,6 +27,8 @@ STEADY = 6
 """From this KV tile of a work tile on, all are needed as long after they are asked for."""
 SAMPLE = 11
 """KV tiles of the work tiles that are probed for that."""
+A_LITTLE = 64
+"""Part of a probe's time by which something is let come a little late."""
 ROUNDS = 3
 """CTAs on each slot of a probe of several CTAs, of which the first round is the start."""
 
@@ -185,7 +187,9 @@ class Pace:
         """(ticks by which `what` of KV tile `item` can be late without making the SM wait, ticks from when it is asked
         for, or written, to the first move that has to wait if it is late).
 
-        It is let come later than everything else takes. `first`: in the first work tile of a CTA.
+        It is let come a little late, and later than everything else takes. Where warpgroups change their phase to each
+        other for good when something is late, one of the two says too little; the larger answer is taken. `first`: in
+        the first work tile of a CTA.
         """
         key = (what, first, min(item, STEADY))
         if key not in self._slacks:
@@ -194,8 +198,11 @@ class Pace:
             tile = 0 if self._one_each or first or what.stored else 1
             item = min(key[2], sample.count - 1) if what.tensor in STREAMED else 0
             on_time = self.probe.run(tiles)
-            late = self.probe.run(tiles, late=Late(what, tile, item, on_time.end))
-            waited = late.end - on_time.end
+            slack = 0
+            for by in (on_time.end // A_LITTLE, on_time.end):
+                late = self.probe.run(tiles, late=Late(what, tile, item, by))
+                waited = late.end - on_time.end
+                slack = max(slack, by - waited)
             begin = on_time.moves[tile][what][item]
             waiting = [
                 time - begin
@@ -204,7 +211,7 @@ class Pace:
                 for number, time in times.items()
                 if time > begin and after[moved][number] - time > waited / 2
             ]
-            self._slacks[key] = max(0, on_time.end - waited), min(waiting, default=on_time.end - begin)
+            self._slacks[key] = slack, min(waiting, default=on_time.end - begin)
         return self._slacks[key]
 
     # Several CTAs at a time.
