@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from itertools import pairwise
+from statistics import fmean
 from typing import NamedTuple
 
 from flashsim.machine.memory import SHARED_TENSORS
@@ -29,8 +30,8 @@ SAMPLE = 11
 """KV tiles of the work tiles that are probed for that."""
 A_LITTLE = 64
 """Part of a probe's time by which something is let come a little late."""
-ROUNDS = 3
-"""CTAs on each slot of a probe of several CTAs, of which the first round is the start."""
+PHASES = 8
+"""In which CTAs that share an SM are let meet."""
 
 
 class Piece(NamedTuple):
@@ -217,17 +218,24 @@ class Pace:
     # Several CTAs at a time.
 
     def share(self, working: int) -> tuple[int, int]:
-        """(ticks that a CTA works while `working` of them do on one SM, ticks that it works alone)."""
+        """(ticks that a KV tile takes while `working` CTAs work on one SM, ticks that it takes alone).
+
+        CTAs that share units keep the phase in which they meet, on which this depends; it is a mean over several.
+        """
         if working not in self._shares:
-            tile = self.probe.typical
-            tile = tile._replace(count=min(tile.count, LENGTHS[0]), partial=min(tile.partial, LENGTHS[0]))
-            waits = min(mark.time for mark in self.course((), tile).marks if mark.needed)
-            launch = self.probe.device.launch
-            offset = self.probe.costs.ns(launch.cta_interval_ns) * self.probe.device.sm.count
-            one, several = (self.probe.run([tile] * (working * n), working, offset).end for n in (1, ROUNDS))
-            alone = self.probe.run([tile]).end - waits
-            self._shares[working] = max(alone, (several - one) // (ROUNDS - 1) - waits), alone
+            alone = self._beside(1, 0)
+            shared = fmean(self._beside(working, round(alone * phase / PHASES)) for phase in range(PHASES))
+            self._shares[working] = round(max(alone, shared)), round(alone)
         return self._shares[working]
+
+    def _beside(self, ctas: int, offset: int) -> float:
+        """Ticks of a KV tile of each of `ctas` CTAs in long loops that start `offset` ticks apart, while all work."""
+        tile = self.probe.typical
+        tile = tile._replace(count=max(4, min(tile.count, LENGTHS[0])), partial=0)
+        walks = self.probe.run([tile] * ctas, ctas, offset).walks
+        first, last = max(walk[0] for walk in walks), min(walk[-1] for walk in walks)
+        inner = [[time for time in walk if first <= time <= last] for walk in walks]
+        return fmean((walk[-1] - walk[0]) / (len(walk) - 1) for walk in inner if len(walk) > 1)
 
     def first_ask(self) -> int:
         """From the start of a CTA to its first question for a tile."""
