@@ -23,7 +23,18 @@ class Infeasible(InputError):
 
 
 class SimulationError(FlashsimError):
-    """A simulated kernel went wrong; the message names the parties, the slot and the times."""
+    """A simulated kernel went wrong; the message names the parties, the slot and the times.
+
+    `memory` is the `engine.Memory` that it is about, if it is about one.
+    """
+
+    def __init__(self, message: str, memory: object = None) -> None:
+        super().__init__(message)
+        self.memory = memory
+
+
+class EndlessRun(SimulationError):
+    """A simulated kernel took more events than any kernel that ends."""
 
 
 class Race(SimulationError):
@@ -44,3 +55,17 @@ def unknown(kind: str, given: object, allowed: Iterable[object]) -> str:
     near = difflib.get_close_matches(str(given).lower(), [n.lower() for n in names], n=1, cutoff=0.5)
     hint = next((f", did you mean {n!r}?" for n in names if near and n.lower() == near[0]), "")
     return f"unknown {kind} {str(given)!r}{hint} (allowed: {', '.join(names) or 'none'})"
+
+
+def line_of(error: BaseException, within: str | None = None) -> str | None:
+    """`file:line` of the innermost statement that `error` came through; of the innermost one in the file `within`.
+
+    None if it came through no statement of that file.
+    """
+    trace, found = error.__traceback__, None
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if within in (None, file):
+            found = f"{file}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return found

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashsim.devices import DeviceSpec, load_device
-from flashsim.errors import InputError
+from flashsim.errors import FlashsimError, InputError, SimulationError, line_of
 from flashsim.machine.fast import FastSimulation
 from flashsim.machine.gpu import FullSimulation, KernelRun
 from flashsim.machine.options import Options
 from flashsim.problem import AttentionProblem, flops_executed
-from flashsim.result import UNITS, Functional, HbmBytes, KernelTime, Result, Utilization
+from flashsim.result import UNITS, HbmBytes, KernelTime, Result, Utilization
 from flashsim.schedules import Kernel, Schedule, load_schedule
 from flashsim.units import us_of_ticks
 
@@ -23,8 +25,6 @@ if TYPE_CHECKING:
 
 BOUND_AT = 0.75
 """A unit that is busy for this part of the active cycles, and busier than all others, is what binds."""
-MAX_FUNCTIONAL_FLOPS = 20e9
-"""A functional run computes every tile in float64; more than this takes minutes and is refused."""
 
 
 def simulate(
@@ -53,19 +53,60 @@ def simulate(
     device = gpu if isinstance(gpu, DeviceSpec) else load_device(str(gpu))
     kind = load_schedule(schedule) if isinstance(schedule, str) else schedule
     clock, source = _clock(device, clock_mhz)
-    chosen = kind.configure(problem, device.architecture, options or {})
-    _fits_memory(problem, chosen, device)
-    kernels = chosen.kernels(problem)
-    tensors = _tensors(problem, seed) if functional else None
-    settings = Options(draw=draw, seed=seed, tensors=tensors, rounded=functional == "dtype")
-    runs = []
-    for kernel in kernels:
-        simulation = FullSimulation if full or functional or draw else FastSimulation
-        runs.append(simulation(_device_of(kernel, device), clock, kernel, problem, settings).run())
-    result = _result(problem, chosen, device, clock, source, runs)
+    with naming_lines_of(kind):
+        chosen = kind.configure(problem, device.architecture, options or {})
+        _fits_memory(problem, chosen, device)
+        tensors = _tensors(problem, seed) if functional else None
+        settings = Options(draw=draw, seed=seed, tensors=tensors, rounded=functional == "dtype")
+        runs = run_kernels(problem, chosen, device, clock, settings, full)
+        result = _result(problem, chosen, device, clock, source, runs)
     if tensors is not None:
-        result = replace(result, functional=_compare(problem, tensors, rounded=functional == "dtype"))
+        from flashsim.numerics.functional import judge
+
+        result = replace(result, functional=judge(problem, tensors, rounded=functional == "dtype"))
     return result
+
+
+def run_kernels(
+    problem: AttentionProblem,
+    schedule: Schedule,
+    device: DeviceSpec,
+    clock_mhz: float,
+    settings: Options,
+    full: bool = False,
+) -> list[KernelRun]:
+    """Run the kernels of a configured schedule one after the other; in full if numbers or drawn latencies ask for it.
+
+    Raises Infeasible where one does not fit, and Deadlock, Race or Hazard for a schedule that is wrong.
+    """
+    full = full or settings.tensors is not None or settings.draw is not None
+    simulation = FullSimulation if full else FastSimulation
+    return [
+        simulation(_device_of(kernel, device), clock_mhz, kernel, problem, settings).run()
+        for kernel in schedule.kernels(problem)
+    ]
+
+
+@contextmanager
+def naming_lines_of(schedule: type[Schedule]) -> Iterator[None]:
+    """Turn an exception in a schedule's own text into a SimulationError that names file and line."""
+    try:
+        yield
+    except FlashsimError:
+        raise
+    except Exception as error:
+        module = sys.modules.get(schedule.__module__)
+        line = line_of(error, within=getattr(module, "__file__", None) or "")
+        if line is None:
+            raise
+        raise SimulationError(f"{line}: {type(error).__name__}: {error}") from error
+
+
+def _tensors(problem: AttentionProblem, seed: int) -> dict[str, Any]:
+    from flashsim.numerics.functional import run_tensors
+    from flashsim.numerics.inputs import random_inputs
+
+    return run_tensors(problem, *random_inputs(problem, seed))
 
 
 def _clock(device: DeviceSpec, clock_mhz: float | None) -> tuple[float, str]:
@@ -92,43 +133,6 @@ def _device_of(kernel: Kernel, device: DeviceSpec) -> DeviceSpec:
         return device
     rate = device.library.stream_efficiency * device.memory.hbm_peak_byte_per_ns
     return replace(device, memory=replace(device.memory, hbm_byte_per_ns=rate))
-
-
-def _tensors(problem: AttentionProblem, seed: int) -> dict[str, Any]:
-    """Inputs, and outputs full of NaN, float64 (batch, seqlen, heads, head_dim)."""
-    import numpy as np
-
-    from flashsim.numerics.inputs import random_inputs
-
-    if problem.flops > MAX_FUNCTIONAL_FLOPS:
-        raise InputError(
-            f"a functional run of {problem.flops / 1e9:.0f} GFLOP would take minutes; "
-            f"up to {MAX_FUNCTIONAL_FLOPS / 1e9:.0f} GFLOP are accepted"
-        )
-    q, k, v = random_inputs(problem, seed)
-    rows = (problem.batch, problem.seqlen_q, problem.heads_q)
-    outputs = {
-        "O": (*rows, problem.head_dim_v),
-        "LSE": rows,
-        "S": (*rows, problem.seqlen_k),
-        "P": (*rows, problem.seqlen_k),
-    }
-    return {"Q": q, "K": k, "V": v} | {name: np.full(shape, np.nan) for name, shape in outputs.items()}
-
-
-def _compare(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool) -> Functional:
-    from flashsim.numerics.bounds import rounding_bounds
-    from flashsim.numerics.compare import compare_exact, compare_rounded
-    from flashsim.numerics.eager import eager_attention
-    from flashsim.numerics.reference import attention_reference
-
-    q, k, v = tensors["Q"], tensors["K"], tensors["V"]
-    o, lse = attention_reference(q, k, v, problem.mask)
-    mine, mine_lse = tensors["O"], tensors["LSE"].transpose(0, 2, 1)
-    if rounded:
-        eager = eager_attention(q, k, v, problem.dtype, problem.mask)
-        return compare_rounded(mine, mine_lse, o, lse, eager, rounding_bounds(q, k, v, problem.dtype, problem.mask))
-    return compare_exact(mine, mine_lse, o, lse, v)
 
 
 def _flops_executed(problem: AttentionProblem, kernel: Kernel) -> int:

@@ -90,7 +90,7 @@ class Memory:
     def _collide(self, earlier: list[Access], access: Access, clock: Clock, *, rows: bool) -> None:
         for other in earlier:
             if not other.before(clock) and (not rows or _overlap(other.rows, access.rows)):
-                raise Race(f"race on {self.name}: nothing orders {other} before {access}")
+                raise Race(f"race on {self.name}: nothing orders {other} before {access}", memory=self)
 
 
 def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:

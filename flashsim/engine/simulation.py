@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
 import simpy
 
-from flashsim.errors import SimulationError
+from flashsim.engine.watchdog import PATIENCE_S, Stuck, Watchdog
+from flashsim.errors import EndlessRun, SimulationError
 
 Event = simpy.Event
 Steps = Generator[Event, Any, None]
@@ -24,6 +26,7 @@ class Simulation:
     def __init__(self) -> None:
         self._env = simpy.Environment()
         self.events = 0
+        self._max_events = sys.maxsize
 
     @property
     def now(self) -> int:
@@ -33,6 +36,8 @@ class Simulation:
     def at(self, time: int) -> Event:
         """An event that fires at `time`, or now if that has passed."""
         self.events += 1
+        if self.events > self._max_events:
+            raise EndlessRun(f"gave up after {self._max_events} events, at tick {self.now}")
         delay = time - self._env._now
         return simpy.Timeout(self._env, delay if delay > 0 else 0)
 
@@ -57,13 +62,12 @@ class Simulation:
     def run(self, max_events: int | None = None) -> None:
         """Process events until none is left.
 
-        Raises SimulationError when more than `max_events` were scheduled: a schedule that never ends.
+        Raises EndlessRun when more than `max_events` were scheduled, and SimulationError for a step that computes for
+        more than 10 seconds.
         """
-        env = self._env
-        if max_events is None:
-            env.run()
-            return
-        while env.peek() != float("inf"):
-            env.step()
-            if self.events > max_events:
-                raise SimulationError(f"gave up after {max_events} events at tick {self.now}: does the schedule end?")
+        self._max_events = max_events or sys.maxsize
+        try:
+            with Watchdog(lambda: self.events):
+                self._env.run()
+        except Stuck:
+            raise SimulationError(f"computes for {PATIENCE_S:.0f} s without an event, at tick {self.now}") from None

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from flashsim.engine import Clock, Completion, Steps, Wait, join
-from flashsim.errors import FlashsimError, SimulationError
+from flashsim.engine import Clock, Completion, Steps, Stuck, Wait, join
+from flashsim.errors import FlashsimError, SimulationError, line_of
 from flashsim.machine.buffers import Buffer, View
 from flashsim.machine.copies import Load, Store
 from flashsim.machine.operations import Batch, Overhead, Signal
 from flashsim.machine.products import AsyncProduct, SyncProduct
 from flashsim.machine.record import Record
 from flashsim.machine.tiles import HbmTile, WorkTile
+from flashsim.machine.trace import slots_awaited
 from flashsim.schedules.base import Role
 from flashsim.schedules.verbs import MapOp, Program, ReduceOp
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_WAITS_AT_ONCE = 10_000
 """Waits of one warpgroup that may be over at the same tick; more are a loop that will not end."""
+MAX_OPERATIONS = 100_000
+"""Operations that a warpgroup may issue without a wait between them; more are a loop that will not end."""
 
 
 class Phrase:
@@ -67,7 +70,15 @@ class Agent:
         self._queue: list[Any] = []
         self._batch: Batch | None = None
         fragments = role.registers(RegisterFile(cta, self)) if role.registers else None
-        self._program: Program = role.program(self, cta.shared, fragments)
+        self._program = self._start(fragments)
+
+    def _start(self, fragments: Any) -> Program:
+        program = self.role.program(self, self.cta.shared, fragments)
+        if not hasattr(program, "gi_frame"):
+            code = getattr(self.role.program, "__code__", None)
+            where = f"{code.co_filename}:{code.co_firstlineno}: " if code else ""
+            raise SimulationError(f"{where}the program of {self.name} never yields, so that it waits for nothing")
+        return program
 
     # The process.
 
@@ -85,7 +96,10 @@ class Agent:
             except FlashsimError:
                 raise
             except Exception as error:
-                raise SimulationError(f"{_line_of(error)}: {self.name}: {type(error).__name__}: {error}") from error
+                raise SimulationError(f"{line_of(error)}: {self.name}: {type(error).__name__}: {error}") from error
+            except Stuck as error:
+                line = line_of(error, within=self.role.program.__code__.co_filename)
+                raise SimulationError(f"{line}: {self.name} loops without ever waiting") from None
             waits, since = (waits + 1, since) if since == self.sim.now else (0, self.sim.now)
             if waits > MAX_WAITS_AT_ONCE:
                 raise SimulationError(f"{self.where()}: {self.name} loops without time going on, tick {self.sim.now}")
@@ -105,12 +119,16 @@ class Agent:
     def _await(self, wait: Wait) -> Steps:
         if not hasattr(wait, "knowledge"):
             raise SimulationError(f"{self.where()}: {self.name} yields {wait!r}, which cannot be waited for")
+        trace = self.cta.trace
+        touch = trace.note(self, self.name, wait.describe(), slots_awaited(wait)) if trace else None
         while not wait.ready():
             event = self.sim.event()
             wait.subscribe(event)
             self.waits_for = wait
             yield event
         self.waits_for = None
+        if touch:
+            touch.end = self.sim.now
         knowledge = wait.knowledge()
         if self.record and knowledge is not None:
             join(self.record.timeline.clock, knowledge)
@@ -207,6 +225,7 @@ class Agent:
             self._batch = batch
         batch.keys.append((verb, op, into.buffer.name, into.shape, *[(v.buffer.name, v.shape) for v in views]))
         batch.operations.append((verb, op, views, into))
+        self._bound(len(batch.operations))
         if self.record:
             batch.effects.append(self.record.compute(verb, op, views, into, operands))
         return batch.completion
@@ -214,17 +233,14 @@ class Agent:
     def _say(self, operation: Any) -> None:
         self._batch = None
         self._queue.append(operation)
+        self._bound(len(self._queue))
+
+    def _bound(self, operations: int) -> None:
+        if operations > MAX_OPERATIONS:
+            raise SimulationError(f"{self.where()}: {self.name} issues {operations} operations and waits for none")
 
     def _completion(self, verb: str, *parts: object) -> Completion:
         return Completion(self.sim, Phrase(verb, *parts))
-
-
-def _line_of(error: Exception) -> str:
-    """File and line of the innermost statement that raised `error`."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}" if trace else "?"
 
 
 class RegisterFile:

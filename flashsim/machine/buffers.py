@@ -119,7 +119,7 @@ class View:
 
         array = self.buffer.array[self.start : self.start + self.count]
         if np.isnan(array).any():
-            raise Hazard(f"{self} is read, but {self.buffer.empty_because}")
+            raise Hazard(f"{self} is read, but {self.buffer.empty_because}", memory=self.buffer.memory)
         return array.T if self.flipped else array
 
     def assign(self, array: Any) -> None:
@@ -160,8 +160,10 @@ class Ring:
         return self._empty[j % self.stages].phase(j // self.stages - 1, self.cta.sm.costs.mbarrier)
 
     def release(self, j: int) -> None:
-        slot = j % self.stages
-        self.cta.speaker.signal(lambda clock: self._release(slot, clock))
+        slot, speaker = j % self.stages, self.cta.speaker
+        if self.cta.trace:
+            self.cta.trace.note(speaker, speaker.name, "release", {self.slots[slot].name: "releases"}, speaker.sim.now)
+        speaker.signal(lambda clock: self._release(slot, clock))
 
     def _release(self, slot: int, clock: Any) -> None:
         if self._empty[slot].arrive(clock) and self.cta.functional:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from flashsim.engine import Barrier, Clock, PhaseWait, Simulation, TurnWait
 from flashsim.engine import Turn as EngineTurn
-from flashsim.errors import Deadlock
+from flashsim.errors import Deadlock, EndlessRun
 from flashsim.machine.agent import Agent
 from flashsim.machine.buffers import Buffer, Ring, View
 from flashsim.machine.options import Options
@@ -39,6 +39,7 @@ class CTA:
         self.tensors = options.tensors
         self.functional = options.tensors is not None
         self.rounded = options.rounded
+        self.trace = options.trace
         self._next_tile = next_tile
         self._on_exit = on_exit
         self._tiles: list[WorkTile] = []
@@ -96,6 +97,10 @@ class CTA:
             if agent.waits_for
         )
 
+    def standing(self) -> tuple[str, ...]:
+        """Where everybody is in the text, one line each."""
+        return tuple(f"{agent.name} is at {agent.where()}" for agent in self.agents if not agent.finished)
+
     # What a schedule declares (schedules.verbs.CTA).
 
     def ring(self, name: str, shape: tuple[int, int], stages: int, consumers: int, dtype: str | None = None) -> Ring:
@@ -125,12 +130,27 @@ class CTA:
         return turn
 
 
-def deadlock(stuck: Iterable[CTA], now: int) -> Deadlock:
-    """The error for CTAs that have not come to their end when nothing happens any more at tick `now`."""
-    lines = [f"deadlock at tick {now}"]
-    for waiting, ctas in Counter(cta.waiting() for cta in stuck).items():
-        lines += [f"in {ctas} CTAs:" if ctas > 1 else "in one CTA:", *(f"  {line}" for line in waiting)]
-    return Deadlock("\n".join(lines))
+def run_to_end(sim: Simulation, running: Collection[CTA], max_events: int) -> None:
+    """Run until all of `running` have left it.
+
+    Raises Deadlock when nothing happens any more and somebody still waits, EndlessRun after `max_events`; both say
+    where in the text every warpgroup stands.
+    """
+    try:
+        sim.run(max_events)
+    except EndlessRun as error:
+        raise EndlessRun("\n".join([f"{error}", *_by_cta(cta.standing() for cta in running)])) from None
+    if running:
+        lines = [f"deadlock at tick {sim.now}", *_by_cta(cta.waiting() for cta in running)]
+        raise Deadlock("\n".join(lines))
+
+
+def _by_cta(lines: Iterable[tuple[str, ...]]) -> list[str]:
+    """What is true of CTAs, and of how many of them."""
+    found = []
+    for same, ctas in Counter(lines).items():
+        found += [f"in {ctas} CTAs:" if ctas > 1 else "in one CTA:", *(f"  {line}" for line in same)]
+    return found
 
 
 class Sync:

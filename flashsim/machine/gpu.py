@@ -11,15 +11,21 @@ from flashsim.devices import DeviceSpec
 from flashsim.engine import Simulation
 from flashsim.errors import Hazard
 from flashsim.machine.costs import Costs
-from flashsim.machine.cta import CTA, deadlock
+from flashsim.machine.cta import CTA, run_to_end
 from flashsim.machine.feasibility import fit
 from flashsim.machine.grid import WorkTiles
 from flashsim.machine.memory import PrivateMemory, SharedMemory
-from flashsim.machine.options import Options
+from flashsim.machine.options import EVENTS_PER_KV_TILE, Options
 from flashsim.machine.sm import SM, UNITS
-from flashsim.machine.tiles import Coordinates
-from flashsim.problem import AttentionProblem
+from flashsim.machine.tiles import Coordinates, walk_of
+from flashsim.problem import AttentionProblem, num_q_tiles
 from flashsim.schedules.base import Kernel
+
+
+def event_limit(kernel: Kernel, problem: AttentionProblem) -> int:
+    """Events that no run of `kernel` takes that comes to its end."""
+    tiles = sum(1 + walk_of(kernel, problem, m).count for m in range(num_q_tiles(problem, kernel.BLOCK_M)))
+    return EVENTS_PER_KV_TILE * tiles * problem.heads_q * problem.batch
 
 
 @dataclass
@@ -79,8 +85,9 @@ class FullSimulation:
         grid = self._grid = WorkTiles(k, self.problem, slots=len(self._sms) * per_sm)
         for slot in range(min(grid.slots, grid.count)):
             sim.start(self._start(self._sms[slot % len(self._sms)], launch + slot * interval, grid.of_slot(slot)))
-        sim.run(o.max_events)
-        self._check()
+        run_to_end(sim, self._running, event_limit(k, self.problem))
+        if wrong := [line for cta in self._ended for line in cta.leftovers()]:
+            raise Hazard("\n".join(wrong))
         busy = {name: sum(s.sm.units[name].busy for s in self._sms) for name in UNITS}
         busy |= {"l2": shared.l2.busy_until(self._end), "hbm": shared.hbm.busy_until(self._end)}
         return KernelRun(
@@ -120,10 +127,3 @@ class FullSimulation:
             host.active += self._sim.now - host.since
         if self.kernel.grid.launch == "cta" and self._grid.left:
             self._sim.start(self._start(host, self._sim.now, self._grid.next_ones()))
-
-    def _check(self) -> None:
-        """Everybody has finished, and left everything as it should be."""
-        if self._running:
-            raise deadlock(self._running, self._sim.now)
-        if wrong := [line for cta in self._ended for line in cta.leftovers()]:
-            raise Hazard("\n".join(wrong))

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashsim.machine.sm import Draw
+from flashsim.machine.trace import Trace
+
+EVENTS_PER_KV_TILE = 20_000
+"""More than this is a schedule that does not end: the most wasteful tile of the built-in ones takes a tenth of it."""
 
 
 @dataclass(frozen=True)
@@ -18,9 +22,9 @@ class Options:
     """Replaces every duration by another one."""
     seed: int = 0
     """Of the spread of the memory's latency."""
-    max_events: int | None = None
-    """Give up after so many."""
     tensors: dict[str, Any] | None = None
     """Numbers, float64 (batch, seqlen, heads, head_dim) by name: makes the run functional."""
     rounded: bool = False
     """In a functional run, round every tile that is written to its dtype."""
+    trace: Trace | None = None
+    """In a functional run, note here what everybody does."""

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from flashsim.devices import DeviceSpec
 from flashsim.engine import Simulation
 from flashsim.machine.costs import Costs
-from flashsim.machine.cta import CTA, deadlock
+from flashsim.machine.cta import CTA, run_to_end
 from flashsim.machine.memory import Key, PrivateMemory
-from flashsim.machine.options import Options
+from flashsim.machine.options import EVENTS_PER_KV_TILE, Options
 from flashsim.machine.sm import SM, UNITS
 from flashsim.machine.tiles import Shortened, WorkTile, walk_of
 from flashsim.problem import AttentionProblem, KVWalk, num_q_tiles
@@ -159,9 +159,7 @@ class Probe:
 
         for slot in range(min(slots, len(todo))):
             sim.call(slot * offset, start_one)
-        sim.run()
-        if running:
-            raise deadlock(running, sim.now)
+        run_to_end(sim, running, EVENTS_PER_KV_TILE * sum(1 + tile.count for tile in tiles))
         self.events += sim.events
         busy = {name: sm.units[name].busy for name in UNITS}
         return Trace(tuple(asks), end, busy, memory.moves, sm.walks)

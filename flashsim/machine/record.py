@@ -12,6 +12,7 @@ from flashsim.engine import Access, Clock, Completion, Timeline
 from flashsim.errors import Hazard
 from flashsim.machine.buffers import Buffer, View
 from flashsim.machine.tiles import HbmTile
+from flashsim.machine.trace import Touch, until_its_end
 
 if TYPE_CHECKING:
     from flashsim.machine.agent import Agent
@@ -51,6 +52,13 @@ class Record:
         assert memory is not None
         memory.write(Access(on, number, view.span, what, self.agent.sim.now), known)
 
+    def _note(self, who: str, what: object, reads: tuple[View, ...], into: View | None) -> Touch | None:
+        trace = self.agent.cta.trace
+        if trace is None:
+            return None
+        uses = {view.buffer.name: "reads" for view in reads} | ({into.buffer.name: "writes"} if into else {})
+        return trace.note(self.agent, who, str(what), uses)
+
     def _round(self, array: Any, dtype: str) -> Any:
         if not self.agent.cta.rounded:
             return array
@@ -68,20 +76,26 @@ class Record:
     def load(self, source: HbmTile, into: View, completion: Completion) -> Effect:
         on = self._loads.setdefault((into.buffer, into.span), Timeline(f"a load into {into}"))
         number, known = self._asynchronous(on, completion, in_order=False)
+        touch = self._note(self.agent.name, completion.what, (), into)
         self._write(into, on, number, known, str(completion.what))
         tensors = self.agent.cta.tensors
         assert tensors is not None
-        return lambda: into.assign(source.read(tensors))
+        return until_its_end(touch, self.agent, lambda: into.assign(source.read(tensors)))
 
     def store(self, source: View, into: HbmTile, completion: Completion) -> Effect:
         tensors = self.agent.cta.tensors
         assert tensors is not None
+        touch = self._note(self.agent.name, completion.what, (source,), None)
         if source.place == "registers":  # read when issued, as every st instruction does
             self._read(source, self.timeline, self.timeline.step(), self.timeline.clock, str(completion.what))
-            return lambda: into.write(tensors, self._round(source.numbers(), into.dtype))
+
+            def effect() -> None:
+                into.write(tensors, self._round(source.numbers(), into.dtype))
+
+            return until_its_end(touch, self.agent, effect)
         number, known = self._asynchronous(self._stores, completion, in_order=True)
         self._read(source, self._stores, number, known, str(completion.what))
-        return lambda: into.write(tensors, source.numbers())
+        return until_its_end(touch, self.agent, lambda: into.write(tensors, source.numbers()))
 
     def gemm(
         self, a: View, b: View, into: View, accumulate: bool, completion: Completion, asynchronous: bool
@@ -93,6 +107,7 @@ class Record:
         else:
             number = on.step()
         what = str(completion.what)
+        touch = self._note(self.agent.name, what, (a, b), into)
         for operand in (a, b, *((into,) if accumulate else ())):
             if operand.buffer.ring and not operand.buffer.array[operand.start : operand.start + operand.count].size:
                 raise Hazard(f"{what}: {operand} is empty")
@@ -103,7 +118,7 @@ class Record:
             product = a.numbers() @ b.numbers()
             into.assign(self._round(into.numbers() + product if accumulate else product, into.dtype))
 
-        return effect
+        return until_its_end(touch, self.agent, effect)
 
     def compute(self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]) -> Effect:
         """A register operation, ordered by the scoreboard."""
@@ -112,6 +127,7 @@ class Record:
         number, known = self.timeline.step(), self.timeline.clock
         what = f"{verb}({', '.join([op] * bool(op) + [str(v) for v in views])}, into={into})"
         reads = views + ((into,) if verb == "reduce" else ())
+        touch = self._note(self.agent.name, what, reads, into)
         for view in reads:
             self._read(view, self.timeline, number, known, what)
         self._write(into, self.timeline, number, known, what)
@@ -133,7 +149,7 @@ class Record:
                 result = arrays[0].copy()
             into.assign(self._round(result, into.dtype))
 
-        return effect
+        return until_its_end(touch, self.agent, effect)
 
     def _allowed(self, scores: View, tile: Any, j: int) -> Any:
         """Which scores of this warpgroup's rows the mask leaves."""

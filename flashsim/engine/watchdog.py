@@ -1,0 +1,55 @@
+"""Ends a step that never ends: a loop in a user's program that comes to no event."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+PATIENCE_S = 10.0
+"""Seconds of computing without a sign of life. The longest honest step, a product of a functional run, takes 0.1 s."""
+CHECKS = 20
+"""In that time."""
+
+
+class Stuck(BaseException):
+    """Raised in the middle of whatever does not end; no `except Exception` of the user's stops it."""
+
+
+class Watchdog:
+    """While this context is open, `pulse()` must change every PATIENCE_S seconds in which the process computes.
+
+    Otherwise Stuck is raised in the thread that opened it, at its next Python instruction. Without CPython it does
+    nothing. Time in which the process does not run, a laptop's sleep or a debugger's pause, does not count.
+    """
+
+    def __init__(self, pulse: Callable[[], int]) -> None:
+        self._pulse = pulse
+        self._thread = threading.get_ident()
+        self._over = threading.Event()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> Self:
+        if hasattr(ctypes, "pythonapi"):
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        with self._lock:
+            self._over.set()
+
+    def _watch(self) -> None:
+        last, since = self._pulse(), time.process_time()
+        while not self._over.wait(PATIENCE_S / CHECKS):
+            pulse = self._pulse()
+            if pulse != last:
+                last, since = pulse, time.process_time()
+            elif time.process_time() - since > PATIENCE_S:
+                with self._lock:
+                    if not self._over.is_set():
+                        thread = ctypes.c_ulong(self._thread)
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Stuck))
+                return
