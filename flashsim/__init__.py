@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashsim.analysis.accuracy import accuracy
+    from flashsim.check.prove import check
     from flashsim.devices import device_names, load_device
     from flashsim.errors import Deadlock, FlashsimError, Hazard, Infeasible, InputError, Race, SimulationError
     from flashsim.problem import AttentionProblem
@@ -38,6 +39,7 @@ __all__ = [
     "SimulationError",
     "__version__",
     "accuracy",
+    "check",
     "device_names",
     "load_device",
     "load_schedule",
@@ -56,6 +58,7 @@ _MODULES = {
     "Result": "flashsim.result",
     "SimulationError": "flashsim.errors",
     "accuracy": "flashsim.analysis.accuracy",
+    "check": "flashsim.check.prove",
     "device_names": "flashsim.devices",
     "load_device": "flashsim.devices",
     "load_schedule": "flashsim.schedules",

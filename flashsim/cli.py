@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -129,6 +129,20 @@ def _collect(results: Iterator[T], total: int, what: str) -> tuple[list[T], bool
     except KeyboardInterrupt:
         return finished, True
     return finished, False
+
+
+@contextmanager
+def _progress(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """A function that moves a progress bar on by one; on a terminal only."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
 
 
 def _interrupted(finished: int, total: int) -> int:
@@ -283,6 +297,74 @@ def simulate(
 
         _show(*verdict(result), "", kernels_table(result), *functional_lines(result))
     return FAILED if result.functional is not None and not result.functional.accepted else OK
+
+
+@app.command()
+def check(
+    schedule: Annotated[str, typer.Argument(metavar="[NAME|FILE.py:CLASS|all]", help="What to check.")] = "all",
+    examples: Annotated[str | None, _number_option("--examples", help="Examples to draw; 200.")] = None,
+    seed: Annotated[str | None, _number_option("--seed", help="Of the draws; 0.")] = None,
+    mutants: Annotated[
+        bool, typer.Option("--mutants", help="Take away or move each wait and signal: would a run notice?")
+    ] = False,
+    as_json: Json = False,
+) -> int:
+    """Is a schedule exact, and free of races and deadlock? Exit 1 with the smallest problem on which it is not."""
+    from flashsim.io.fields import whole_number
+    from flashsim.schedules import load_schedule, schedule_names
+
+    problems, numbers = [], {"--examples": 200, "--seed": 0}
+    for name, given in (("--examples", examples), ("--seed", seed)):
+        try:
+            numbers[name] = numbers[name] if given is None else whole_number(given, text=True)
+            if numbers[name] < (1 if name == "--examples" else 0):
+                problems.append(f"{name}: {numbers[name]} is too small")
+            if given is not None and mutants:
+                problems.append(f"{name} does not go with --mutants, which tries the same examples for every schedule")
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    names = list(schedule_names()) if schedule == "all" else [schedule]
+    _all_or_problems(problems, *(lambda name=name: load_schedule(name) for name in names))
+    if problems:
+        raise InputError(problems)
+    # Small products are quicker on one thread; must be set before numpy loads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    passed = _survey(names, as_json) if mutants else _check(names, numbers["--examples"], numbers["--seed"], as_json)
+    return OK if passed else FAILED
+
+
+def _check(names: list[str], examples: int, seed: int, as_json: bool) -> bool:
+    from flashsim.check.prove import check
+    from flashsim.check.words import report_lines
+
+    reports = []
+    for name in names:
+        with _progress(examples, f"checking {name}") as advance:
+            reports.append(check(name, examples, seed, advance))
+        if not as_json:
+            _show(*report_lines(reports[-1]))
+    passed = all(report.passed for report in reports)
+    if as_json:
+        _write_json({"passed": passed, "checks": [report.to_json() for report in reports]})
+    return passed
+
+
+def _survey(names: list[str], as_json: bool) -> bool:
+    from flashsim.check.survey import Survey, mutants_in, survey
+    from flashsim.check.words import survey_line, survey_table
+
+    surveys = []
+    for name in names:
+        verdicts, interrupted = _collect(survey(name), len(mutants_in(name)), f"mutants of {name}")
+        surveys.append(Survey(name, tuple(verdicts)))
+        if not as_json:
+            _show(survey_table(surveys[-1]), "", survey_line(surveys[-1]), "")
+        if interrupted:
+            raise KeyboardInterrupt
+    passed = all(survey.passed for survey in surveys)
+    if as_json:
+        _write_json({"passed": passed, "surveys": [survey.to_json() for survey in surveys]})
+    return passed
 
 
 @app.command()

@@ -19,11 +19,12 @@ LAYERS = (
     ("masks", "problem"),
     ("result", "devices"),
     ("schedules", "numerics", "engine"),
+    ("testing",),
     ("machine",),
     ("simulate",),
     ("io",),
     ("analysis",),
-    ("check", "testing", "sweep", "gpu", "report"),
+    ("check", "sweep", "gpu", "report"),
     ("cli",),
     ("__init__", "__main__"),
 )

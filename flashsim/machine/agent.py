@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flashsim.engine import Clock, Completion, Steps, Stuck, Wait, join
@@ -120,7 +122,7 @@ class Agent:
         if not hasattr(wait, "knowledge"):
             raise SimulationError(f"{self.where()}: {self.name} yields {wait!r}, which cannot be waited for")
         trace = self.cta.trace
-        touch = trace.note(self, self.name, wait.describe(), slots_awaited(wait)) if trace else None
+        touch = trace.note(self, self.name, f"waits for {wait.describe()}", slots_awaited(wait)) if trace else None
         while not wait.ready():
             event = self.sim.event()
             wait.subscribe(event)
@@ -137,12 +139,9 @@ class Agent:
 
     def where(self) -> str:
         """File and line of the statement at which the program stands."""
-        frame: Any = self._program
-        while getattr(frame, "gi_yieldfrom", None) is not None and hasattr(frame.gi_yieldfrom, "gi_frame"):
-            frame = frame.gi_yieldfrom
-        if frame.gi_frame is None:
-            return self.name
-        return f"{frame.gi_frame.f_code.co_filename}:{frame.gi_frame.f_lineno}"
+        program: Any = self._program
+        frame = _running_in(program.gi_code.co_filename) if program.gi_running else _suspended_in(program)
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else self.name
 
     def unfinished(self) -> list[str]:
         """Operations that nobody has waited for, at the end of a functional run."""
@@ -241,6 +240,22 @@ class Agent:
 
     def _completion(self, verb: str, *parts: object) -> Completion:
         return Completion(self.sim, Phrase(verb, *parts))
+
+
+def _running_in(file: str) -> FrameType | None:
+    """The innermost frame of what runs now whose text is in `file`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename != file:
+        frame = frame.f_back
+    return frame
+
+
+def _suspended_in(program: Any) -> FrameType | None:
+    """The innermost frame of a generator that waits."""
+    while hasattr(program.gi_yieldfrom, "gi_frame"):
+        program = program.gi_yieldfrom
+    frame: FrameType | None = program.gi_frame
+    return frame
 
 
 class RegisterFile:

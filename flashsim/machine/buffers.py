@@ -162,7 +162,8 @@ class Ring:
     def release(self, j: int) -> None:
         slot, speaker = j % self.stages, self.cta.speaker
         if self.cta.trace:
-            self.cta.trace.note(speaker, speaker.name, "release", {self.slots[slot].name: "releases"}, speaker.sim.now)
+            name = self.slots[slot].name
+            self.cta.trace.note(speaker, speaker.name, f"release of {name}", {name: "releases"}, speaker.sim.now)
         speaker.signal(lambda clock: self._release(slot, clock))
 
     def _release(self, slot: int, clock: Any) -> None:

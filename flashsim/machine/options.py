@@ -8,7 +8,7 @@ from typing import Any
 from flashsim.machine.sm import Draw
 from flashsim.machine.trace import Trace
 
-EVENTS_PER_KV_TILE = 20_000
+EVENTS_PER_KV_TILE = 5_000
 """More than this is a schedule that does not end: the most wasteful tile of the built-in ones takes a tenth of it."""
 
 

@@ -1,0 +1,181 @@
+"""Hypothesis draws examples for a schedule. What a schedule accepts is not declared anywhere: it is asked."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+from hypothesis import configuration, reject
+from hypothesis import strategies as st
+
+from flashsim.check.example import KINDS, MODES, Example, Latencies
+from flashsim.devices import load_device
+from flashsim.errors import InputError
+from flashsim.machine.feasibility import fit
+from flashsim.problem import AttentionProblem
+from flashsim.schedules import Schedule, Switch
+from flashsim.testing.cases import attention_inputs
+from flashsim.testing.problems import attention_problems
+
+GPUS = {"hopper": "h100-sxm5", "ampere": "a100-sxm4-80gb", "ada": "l4"}
+"""One for each architecture."""
+SMS = (1, 1, 2, 3)
+TILES = {"BLOCK_M": (64, 128, 192, 256), "BLOCK_N": (16, 32, 48, 64, 80, 128)}
+"""Tried, from the smallest; what the schedule refuses is left out."""
+ROUND, FAR_APART = 10, 2**32
+"""Hypothesis draws ten examples, and from then on five variations of each: in rounds of ten, all are different."""
+FEW = 4
+"""A whole number that is no tile is tried from 1 to this."""
+HEAD_DIMS = (16, 32, 40, 64)
+MAX_TILES = (3, 6)
+MAX_FLOPS = 2e7
+"""Of a problem: a few milliseconds in float64."""
+PLAIN = {"batch": 1, "heads_q": 1, "seqlen_q": 512, "head_dim": 64}
+
+
+class NothingAccepted(Exception):
+    """The schedule refuses every problem and every combination of switches that is tried."""
+
+
+@cache
+def values_of(schedule: type[Schedule], architecture: str) -> dict[str, tuple[Any, ...]]:
+    """For each switch, the values that the schedule accepts with all other switches left alone."""
+    plain = AttentionProblem(**PLAIN, dtype=schedule.dtypes[0], mask=schedule.masks[0])  # type: ignore[arg-type]
+    accepted = {}
+    for switch in schedule.switches():
+        accepted[switch.name] = tuple(
+            value for value in _candidates(switch) if _accepts(schedule, plain, architecture, {switch.name: value})
+        )
+    return accepted
+
+
+def _candidates(switch: Switch) -> tuple[Any, ...]:
+    if switch.name in TILES:
+        return TILES[switch.name]
+    if switch.type_name == "bool":
+        return (False, True)
+    return tuple(range(1, FEW + 1)) if switch.type_name == "int" else switch.choices
+
+
+def _accepts(schedule: type[Schedule], problem: AttentionProblem, architecture: str, options: dict[str, Any]) -> bool:
+    try:
+        schedule.configure(problem, architecture, options)
+    except InputError:
+        return False
+    except Exception:  # the schedule's own mistake, which a run will report with file and line
+        return True
+    return True
+
+
+def examples_of(schedule: type[Schedule]) -> st.SearchStrategy[Example]:
+    """Problems, tiles, switches, numbers and latencies; shrinks to one query, one key and hardware's latencies."""
+    return _examples(schedule)
+
+
+@st.composite
+def _examples(draw: st.DrawFn, schedule: type[Schedule]) -> Example:
+    architecture = draw(st.sampled_from([name for name in GPUS if name in schedule.architectures]))
+    gpu = GPUS[architecture]
+    options = draw(_options(schedule, architecture))
+    problem = draw(
+        attention_problems(
+            tile=_tile(schedule, architecture, options),
+            max_tiles=MAX_TILES,
+            head_dims=HEAD_DIMS,
+            masks=schedule.masks,
+            dtypes=schedule.dtypes,
+            max_flops=MAX_FLOPS,
+        )
+    )
+    try:
+        for kernel in schedule.configure(problem, architecture, options).kernels(problem):
+            fit(kernel, problem, load_device(gpu))
+    except InputError:
+        reject()
+    except Exception:
+        pass  # the schedule's own mistake, which a run will report with file and line
+    sms, attention = draw(st.sampled_from(SMS)), draw(attention_inputs(problem))
+    return Example(schedule, gpu, sms, options, attention, draw(_latencies()), rounded=draw(st.booleans()))
+
+
+@st.composite
+def _options(draw: st.DrawFn, schedule: type[Schedule], architecture: str) -> dict[str, Any]:
+    """Values for the tile, if there is a choice, and for some of the other switches."""
+    options = {}
+    for name, values in values_of(schedule, architecture).items():  # type: ignore[arg-type]
+        if values and (name in TILES or draw(st.booleans())):
+            options[name] = draw(st.sampled_from(values))
+    return options
+
+
+def _tile(schedule: type[Schedule], architecture: str, options: dict[str, Any]) -> tuple[int, int]:
+    plain = AttentionProblem(**PLAIN, dtype=schedule.dtypes[0], mask=schedule.masks[0])  # type: ignore[arg-type]
+    try:
+        kernel = schedule.configure(plain, architecture, options).kernels(plain)[0]
+    except InputError:
+        reject()
+    except Exception:
+        return TILES["BLOCK_M"][0], TILES["BLOCK_N"][0]
+    return kernel.BLOCK_M, kernel.BLOCK_N
+
+
+@st.composite
+def _latencies(draw: st.DrawFn) -> Latencies:
+    modes = [(kind, draw(st.sampled_from(MODES))) for kind in KINDS]
+    seed = draw(st.integers(0, 2**32 - 1))
+    return Latencies(tuple((kind, mode) for kind, mode in modes if mode != "hardware"), seed)
+
+
+def drawn_examples(kind: type[Schedule], count: int, seed: int = 0) -> list[Example]:
+    """The first examples that a check of the schedule draws."""
+    found: list[Example] = []
+    for_examples(kind, count, seed, found.append)
+    return found
+
+
+def for_examples(kind: type[Schedule], count: int, seed: int, action: Callable[[Example], None]) -> None:
+    """Let Hypothesis call `action` with `count` examples, and with smaller ones if it raises an exception.
+
+    Raises that of the smallest, and NothingAccepted if the schedule takes none.
+    """
+    with _nothing_left_behind():
+        for begin in range(0, count, ROUND):
+            _round(kind, min(ROUND, count - begin), seed + begin * FAR_APART, action)
+
+
+def _round(kind: type[Schedule], count: int, seed: int, action: Callable[[Example], None]) -> None:
+    def holds(example: Example) -> None:
+        action(example)
+
+    settings = hypothesis.settings(
+        max_examples=count,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        print_blob=False,
+        report_multiple_bugs=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+        verbosity=hypothesis.Verbosity.quiet,
+    )
+    try:
+        hypothesis.seed(seed)(settings(hypothesis.given(example=examples_of(kind))(holds)))()
+    except hypothesis.errors.Unsatisfiable:
+        raise NothingAccepted from None
+
+
+@contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """Let Hypothesis keep its notes in a temporary folder, not in the user's."""
+    with tempfile.TemporaryDirectory() as folder:
+        before = getattr(configuration.storage_directory(intent_to_write=False), "home_directory", None)
+        configuration.set_hypothesis_home_dir(Path(folder))
+        try:
+            yield
+        finally:
+            configuration.set_hypothesis_home_dir(before)
