@@ -19,7 +19,16 @@ if TYPE_CHECKING:
     from flashsim.analysis.accuracy import accuracy
     from flashsim.check.prove import check
     from flashsim.devices import device_names, load_device
-    from flashsim.errors import Deadlock, FlashsimError, Hazard, Infeasible, InputError, Race, SimulationError
+    from flashsim.errors import (
+        Deadlock,
+        EndlessRun,
+        FlashsimError,
+        Hazard,
+        Infeasible,
+        InputError,
+        Race,
+        SimulationError,
+    )
     from flashsim.problem import AttentionProblem
     from flashsim.result import Result
     from flashsim.schedules import load_schedule, schedule_names
@@ -30,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AttentionProblem",
     "Deadlock",
+    "EndlessRun",
     "FlashsimError",
     "Hazard",
     "Infeasible",
@@ -50,6 +60,7 @@ __all__ = [
 _MODULES = {
     "AttentionProblem": "flashsim.problem",
     "Deadlock": "flashsim.errors",
+    "EndlessRun": "flashsim.errors",
     "FlashsimError": "flashsim.errors",
     "Hazard": "flashsim.errors",
     "Infeasible": "flashsim.errors",

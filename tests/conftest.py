@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 # Deterministic: a red test is red again in the next run, and on another machine.
 settings.register_profile("dev", derandomize=True, deadline=None, database=None, max_examples=50)
 settings.register_profile("ci", derandomize=True, deadline=None, database=None, max_examples=200)
+# Other examples every night; a failure prints what replays it.
+settings.register_profile("nightly", print_blob=True, deadline=None, database=None, max_examples=100_000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 

@@ -36,7 +36,7 @@ FILES = sorted(FLASHSIM.rglob("*.py"))
 
 
 def part_of(path: Path) -> str:
-    """`io` for flashsim/io/case.py, `cli` for flashsim/cli.py."""
+    """`io` for flashsim/io/case.py, `masks` for flashsim/masks.py."""
     return path.relative_to(FLASHSIM).with_suffix("").parts[0]
 
 

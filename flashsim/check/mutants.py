@@ -89,15 +89,15 @@ def probed(source: str) -> str:
 
 def _statements(source: str) -> Iterator[_Found]:
     """Expression statements that wait or signal, in the order of the file."""
-    found = [
-        _Found(function.name, statement, before)
+    found = {
+        id(statement): _Found(function.name, statement, before)  # of functions in functions, the inner one
         for function in ast.walk(ast.parse(source))
         if isinstance(function, ast.FunctionDef)
         for block in _blocks(function)
         for before, statement in pairwise([None, *block])
         if isinstance(statement, ast.Expr) and list(_changes(statement.value))
-    ]
-    yield from sorted(found, key=lambda one: one.node.lineno)
+    }
+    yield from sorted(found.values(), key=lambda one: one.node.lineno)
 
 
 def _blocks(function: ast.FunctionDef) -> Iterator[list[ast.stmt]]:

@@ -69,7 +69,9 @@ class Simulation:
         try:
             with Watchdog(lambda: self.events):
                 self._env.run()
-        except SimulationError as error:  # a copy, with the original as its cause
-            raise (error.__cause__ if type(error.__cause__) is type(error) else error) from None
+        except SimulationError as error:
+            # simpy raises a copy of what a process raised, with the original as its cause.
+            original = error.__cause__ if type(error.__cause__) is type(error) else error
+            raise original from original.__cause__
         except Stuck:
             raise SimulationError(f"computes for {PATIENCE_S:.0f} s without an event, at tick {self.now}") from None

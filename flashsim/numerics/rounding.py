@@ -17,12 +17,16 @@ from flashsim.numerics.layout import Float
 
 
 class Format(NamedTuple):
-    """`precision` counts the hidden bit; `min_exponent` is that of the smallest normal number, 2**min_exponent."""
+    """`precision` counts the hidden bit; `min_exponent` is that of the smallest normal number, 2**min_exponent.
+
+    `overflow` is what a value that rounds beyond `max` becomes, up to its sign: infinity, or NaN where the format has
+    no infinity.
+    """
 
     precision: int
     min_exponent: int
     max: float
-    saturates: bool
+    overflow: float
 
     @property
     def unit_roundoff(self) -> float:
@@ -35,30 +39,43 @@ class Format(NamedTuple):
         return 2.0 ** (self.min_exponent - self.precision)
 
 
-# IEEE 754 binary16 and binary32; bfloat16; "FP8 Formats for Deep Learning" (arXiv 2209.05433), table 1.
+# IEEE 754 binary16 and binary32; bfloat16; "FP8 Formats for Deep Learning" (arXiv 2209.05433), table 1. e4m3 is what
+# PTX calls so, and other libraries e4m3fn: no infinity, and the pattern of a magnitude of 480 is NaN.
 FORMATS = {
-    "fp16": Format(11, -14, 65504.0, saturates=False),
-    "bf16": Format(8, -126, (2 - 2**-7) * 2.0**127, saturates=False),
-    "fp32": Format(24, -126, (2 - 2**-23) * 2.0**127, saturates=False),
-    "e4m3": Format(4, -6, 448.0, saturates=True),
-    "e5m2": Format(3, -14, 57344.0, saturates=True),
+    "fp16": Format(11, -14, 65504.0, overflow=np.inf),
+    "bf16": Format(8, -126, (2 - 2**-7) * 2.0**127, overflow=np.inf),
+    "fp32": Format(24, -126, (2 - 2**-23) * 2.0**127, overflow=np.inf),
+    "e4m3": Format(4, -6, 448.0, overflow=np.nan),
+    "e5m2": Format(3, -14, 57344.0, overflow=np.inf),
 }
+
+
+def _checked(x: ArrayLike, dtype: str) -> tuple[Float, Format]:
+    if dtype not in FORMATS:
+        raise InputError(f"dtype: {unknown('dtype', dtype, FORMATS)}")
+    return np.asarray(x, dtype=np.float64), FORMATS[dtype]
 
 
 def round_to(x: ArrayLike, dtype: str) -> Float:
     """`x` rounded to nearest, ties to even, in `dtype`: fp16, bf16, fp32, e4m3 or e5m2; same shape, float64.
 
-    Subnormals are kept, and so are signed zeros and NaN. A value that rounds beyond the largest finite one becomes
-    infinite in fp16, bf16 and fp32; the fp8 formats saturate, infinity included, as PTX `cvt.rn.satfinite` does.
-    Raises InputError if `dtype` is unknown.
+    Subnormals are kept, and so are signed zeros and NaN. What rounds beyond the largest finite number becomes infinite,
+    and NaN in e4m3; conversions to fp8 on a GPU avoid both: see `saturate`. Raises InputError if `dtype` is unknown.
     """
-    if dtype not in FORMATS:
-        raise InputError(f"dtype: {unknown('dtype', dtype, FORMATS)}")
-    form = FORMATS[dtype]
-    values = np.asarray(x, dtype=np.float64)
+    values, form = _checked(x, dtype)
     exponent = np.frexp(values)[1]  # values = f * 2**exponent, 1/2 <= |f| < 1
     ulp = np.maximum(exponent, form.min_exponent + 1) - form.precision
     with np.errstate(over="ignore", invalid="ignore"):
         rounded: Float = np.ldexp(np.rint(np.ldexp(values, -ulp)), ulp)
-    limit = form.max if form.saturates else np.inf
-    return np.where(np.abs(rounded) > form.max, np.copysign(limit, rounded), rounded)
+    return np.where(np.abs(rounded) > form.max, np.copysign(form.overflow, rounded), rounded)
+
+
+def saturate(x: ArrayLike, dtype: str) -> Float:
+    """`x` with what lies beyond the largest finite number of `dtype`, infinity included, moved to it; NaN stays NaN.
+
+    Not rounded. `round_to(saturate(x, dtype), dtype)` is PTX's `cvt.rn.satfinite`, and to fp8 PTX converts with
+    `.satfinite` only (PTX ISA, cvt). Raises InputError if `dtype` is unknown.
+    """
+    values, form = _checked(x, dtype)
+    limited: Float = np.clip(values, -form.max, form.max)
+    return limited

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 
 from flashsim.errors import InputError, unknown
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, Switch, switch
@@ -14,6 +16,13 @@ BUILT_IN = {"standard": "Standard", "fa2": "FA2", "fa3": "FA3"}
 """File name to class name."""
 
 __all__ = ["Grid", "Kernel", "Role", "Schedule", "Switch", "load_schedule", "schedule_names", "switch"]
+
+
+class _Loader(SourceFileLoader):
+    """Leaves no bytecode beside the user's file, and reads none, which might be that of an earlier text."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def schedule_names() -> tuple[str, ...]:
@@ -45,7 +54,7 @@ def _from_file(path: Path, class_name: str) -> type[Schedule]:
     if not path.is_file():
         raise InputError(f"schedule file {path} does not exist")
     module_name = f"flashsim_user_schedule_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=_Loader(module_name, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

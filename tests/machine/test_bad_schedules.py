@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from flashsim.errors import InputError, SimulationError
+from flashsim.engine import watchdog
+from flashsim.errors import Deadlock, EndlessRun, InputError, SimulationError
 from flashsim.problem import AttentionProblem
 from flashsim.schedules import fa2
 from flashsim.simulate import simulate
@@ -15,17 +16,25 @@ PROBLEM = AttentionProblem(batch=1, heads_q=1, seqlen_q=64, head_dim=16)
 BEFORE = "                yield q\n"
 
 
-def simulate_with(statement: str, folder: Path) -> str:
-    """The message of the error that fa2 with `statement` in its prologue ends with."""
+def edited(folder: Path, old: str, new: str) -> Path:
+    """fa2 with one piece of its text changed."""
     text = Path(fa2.__file__).read_text(encoding="utf-8")
-    assert BEFORE in text
+    assert text.count(old) == 1
     path = folder / "bad.py"
-    path.write_text(text.replace(BEFORE, f"{BEFORE}                {statement}\n"), encoding="utf-8")
-    with pytest.raises(SimulationError) as caught:
-        simulate(PROBLEM, f"{path}:FA2", functional=True)
-    line = next(n for n, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if statement in text)
-    assert f"{path}:{line}: " in str(caught.value)
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return path
+
+
+def message_of(path: Path, functional: bool = True, kind: type[SimulationError] = SimulationError) -> str:
+    with pytest.raises(kind) as caught:
+        simulate(PROBLEM, f"{path}:FA2", functional=functional)
     return str(caught.value)
+
+
+def line_in(path: Path, piece: str) -> str:
+    """`file:line` of the line with `piece`."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return f"{path}:{next(number for number, line in enumerate(lines, start=1) if piece in line)}"
 
 
 @pytest.mark.parametrize(
@@ -35,10 +44,79 @@ def simulate_with(statement: str, folder: Path) -> str:
         ("raise KeyError(tile)", "warps: KeyError"),
         ("while True: yield q", "warps loops without time going on"),
         ("wg.gemm(s.Q, s.K, into=r.S)", "gemm of (128, 16) and (128, 16) into (128, 128): shapes do not fit"),
+        ("while True: wg.store(r.O, into=tile.O)", "issues 100001 operations and waits for none"),
+        ('while True: wg.map("fill", 0.0, into=r.S)', "issues 100001 operations and waits for none"),
     ],
 )
-def test_a_bad_statement_is_named(statement: str, message: str, tmp_path: Path) -> None:
-    assert message in simulate_with(statement, tmp_path)
+@pytest.mark.parametrize("functional", [True, False])
+def test_a_bad_statement_is_named(statement: str, message: str, functional: bool, tmp_path: Path) -> None:
+    path = edited(tmp_path, BEFORE, f"{BEFORE}                {statement}\n")
+    found = message_of(path, functional)
+    assert message in found
+    assert f"{line_in(path, statement)}: " in found
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_a_loop_in_which_time_goes_on_for_ever(functional: bool, tmp_path: Path) -> None:
+    """Bounded by events; the message says where the warpgroup was."""
+    path = edited(tmp_path, BEFORE, f"{BEFORE}                while True: yield wg.load(tile.Q, into=s.Q)\n")
+    found = message_of(path, functional, EndlessRun)
+    assert "gave up after" in found
+    assert f"warps is at {line_in(path, 'while True')}" in found
+
+
+SWALLOWING = "try:\n                        len('x')\n                    except Exception: pass"
+
+
+@pytest.mark.parametrize("body", ["pass", SWALLOWING], ids=["plain", "swallowing exceptions"])
+def test_a_loop_that_reaches_no_verb(body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bounded by seconds of computing, 10 of them; here by a half."""
+    monkeypatch.setattr(watchdog, "PATIENCE_S", 0.5)
+    loop = f"                while True:\n                    {body}\n"
+    path = edited(tmp_path, BEFORE, BEFORE + loop)
+    found = message_of(path)
+    assert "warps loops without ever waiting" in found
+    assert int(found.partition(f"{path}:")[2].partition(":")[0]) >= int(line_in(path, "while True").rpartition(":")[2])
+
+
+def test_a_barrier_at_which_nobody_arrives(tmp_path: Path) -> None:
+    path = edited(tmp_path, '"everybody", self.warpgroups(p)', '"everybody", self.warpgroups(p) + 1')
+    found = message_of(path, kind=Deadlock)
+    assert "warps waits for phase 0 of everybody (0 completed, 1 of 2 arrived)" in found
+    assert f"at {line_in(path, '# everyone')}" in found
+
+
+def test_a_program_that_never_yields(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text(
+        "from dataclasses import dataclass\nfrom flashsim.schedules import fa2\n@dataclass(frozen=True)\n"
+        "class FA2(fa2.FA2):\n    def program(self, wg, s, r):\n        return None\n",
+        encoding="utf-8",
+    )
+    assert message_of(path) == f"{path}:5: the program of warps never yields, so that it waits for nothing"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('everybody=cta.sync("everybody", self.warpgroups(p)),', "everybody=cta.sink(),"),
+        ('P=regs.tile("P", (rows, self.BLOCK_N), regs.problem.dtype, over=S),', "P=regs.tile(1 / 0),"),
+        ('        return {"BLOCK_M": rows, "BLOCK_N": keys}\n', '        return {"BLOCK_M": rows[0]}\n'),
+    ],
+    ids=["shared", "registers", "defaults"],
+)
+def test_a_mistake_outside_of_the_program(old: str, new: str, tmp_path: Path) -> None:
+    path = edited(tmp_path, old, new)
+    found = message_of(path)
+    assert found.startswith(f"{line_in(path, new.strip())}: ")
+    assert "Error: " in found
+
+
+def test_a_run_that_ends_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little patience there is: every event is a sign of life."""
+    monkeypatch.setattr(watchdog, "PATIENCE_S", 0.05)
+    problem = AttentionProblem(batch=1, heads_q=4, seqlen_q=1024, head_dim=64)
+    assert simulate(problem, "fa2", functional=True).functional is not None
 
 
 def test_a_switch_of_a_type_that_no_text_gives_is_refused(tmp_path: Path) -> None:

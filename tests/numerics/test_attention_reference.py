@@ -1,8 +1,11 @@
-"""The float64 reference, against attention written out one pair at a time."""
+"""The float64 reference, against attention written out one pair at a time, and against itself on related inputs."""
 
 from __future__ import annotations
 
+import functools
 import math
+from random import Random
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -14,12 +17,12 @@ import flashsim.numerics.layout as layout
 from flashsim.errors import InputError
 from flashsim.numerics.eager import eager_attention
 from flashsim.numerics.inputs import random_inputs
+from flashsim.numerics.merge import merge_normalized
 from flashsim.numerics.reference import attention_reference
 from flashsim.numerics.rounding import round_to
 from flashsim.problem import AttentionProblem
 
 Array = NDArray[np.float64]
-SMALL = st.integers(0, 6)
 
 
 def normal(seed: int, *shape: int) -> Array:
@@ -45,22 +48,143 @@ def pair_by_pair(q: Array, k: Array, v: Array, mask: str, scale: float) -> tuple
     return o, lse
 
 
-@given(
-    st.integers(0, 2), SMALL, SMALL, st.integers(1, 3), st.integers(1, 2), st.integers(1, 4), st.integers(0, 3),
-    st.sampled_from(["full", "causal"]), st.sampled_from([None, 0.3, 0.0, -1.0]), st.integers(0, 99),
-)  # fmt: skip
-@settings(max_examples=80, deadline=None)
-def test_agrees_with_pair_by_pair(
-    batch: int, seqlen_q: int, seqlen_k: int, heads_kv: int, group: int, head_dim: int, head_dim_v: int,
-    mask: str, scale: float | None, seed: int,
-) -> None:  # fmt: skip
-    q = normal(seed, batch, seqlen_q, heads_kv * group, head_dim)
-    k = normal(seed + 1, batch, seqlen_k, heads_kv, head_dim)
-    v = normal(seed + 2, batch, seqlen_k, heads_kv, head_dim_v)
-    o, lse = attention_reference(q, k, v, mask, scale)
-    o_expected, lse_expected = pair_by_pair(q, k, v, mask, 1 / math.sqrt(head_dim) if scale is None else scale)
-    np.testing.assert_allclose(o, o_expected, rtol=1e-12, atol=1e-13, strict=True)
-    np.testing.assert_allclose(lse, lse_expected, rtol=1e-12, atol=1e-13, strict=True)
+class Case(NamedTuple):
+    q: Array  # (B, Sq, Hq, D)
+    k: Array  # (B, Sk, Hkv, D)
+    v: Array  # (B, Sk, Hkv, Dv)
+    mask: str
+    scale: float
+
+
+@st.composite
+def cases(draw: st.DrawFn, *masks: str) -> Case:
+    """Everything may be empty but heads and head_dim; up to three query heads share a KV head."""
+    batch, heads_kv, group = draw(st.integers(0, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    seqlen_q, seqlen_k = draw(st.integers(0, 6)), draw(st.integers(0, 6))
+    head_dim, head_dim_v, seed = draw(st.integers(1, 4)), draw(st.integers(0, 3)), draw(st.integers(0, 99))
+    return Case(
+        normal(seed, batch, seqlen_q, heads_kv * group, head_dim),
+        normal(seed + 1, batch, seqlen_k, heads_kv, head_dim),
+        normal(seed + 2, batch, seqlen_k, heads_kv, head_dim_v),
+        draw(st.sampled_from(masks or ("full", "causal"))),
+        draw(st.sampled_from([head_dim**-0.5, 0.3, 0.0, -1.0, 10.0])),
+    )
+
+
+def assert_close(result: tuple[Array, Array], expected: tuple[Array, Array]) -> None:
+    """Scores are below 200, their roundings below 3e-14 and so those of weights; values are below 4, sums short."""
+    for mine, other in zip(result, expected, strict=True):
+        np.testing.assert_allclose(mine, other, rtol=1e-12, atol=1e-13, strict=True)
+
+
+@given(cases())
+@settings(max_examples=2 * settings().max_examples)
+def test_agrees_with_pair_by_pair(case: Case) -> None:
+    expected = pair_by_pair(*case)
+    assert_close(attention_reference(*case), expected)
+    if case.scale == case.q.shape[3] ** -0.5:
+        assert_close(attention_reference(*case[:4]), expected)
+
+
+@pytest.mark.parametrize("mask", ["full", "causal"])
+@pytest.mark.parametrize("sizes", [(0, 3, 4, 2), (2, 0, 4, 2), (2, 3, 0, 2), (2, 0, 0, 2), (2, 3, 4, 0)])
+def test_empty_tensors(sizes: tuple[int, int, int, int], mask: str) -> None:
+    """No batch, no queries, no keys, neither, no values; without keys every row gives 0 and -inf."""
+    batch, seqlen_q, seqlen_k, head_dim_v = sizes
+    v = np.ones((batch, seqlen_k, 3, head_dim_v))
+    o, lse = attention_reference(np.ones((batch, seqlen_q, 6, 5)), np.ones((batch, seqlen_k, 3, 5)), v, mask)
+    assert (o.shape, lse.shape) == ((batch, seqlen_q, 6, head_dim_v), (batch, 6, seqlen_q))
+    assert (o == (seqlen_k > 0)).all()
+    assert (np.isneginf(lse) == (seqlen_k == 0)).all()
+
+
+@given(cases())
+def test_each_batch_element_and_each_head_is_alone(case: Case) -> None:
+    """To the last bit; a KV head that several query heads share is as good as one for each."""
+    q, k, v, mask, scale = case
+    o, lse = attention_reference(*case)
+    group = q.shape[2] // k.shape[2]
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        one, kv = slice(b, b + 1), slice(h // group, h // group + 1)
+        alone = attention_reference(q[one, :, h : h + 1], k[one, :, kv], v[one, :, kv], mask, scale)
+        np.testing.assert_array_equal(alone[0], o[one, :, h : h + 1])
+        np.testing.assert_array_equal(alone[1], lse[one, h : h + 1])
+
+
+@given(cases("full"), st.randoms(use_true_random=False))
+def test_order_of_the_keys(case: Case, random: Random) -> None:
+    order = random.sample(range(case.k.shape[1]), case.k.shape[1])
+    assert_close(
+        attention_reference(*case._replace(k=case.k[:, order], v=case.v[:, order])), attention_reference(*case)
+    )
+
+
+@given(cases("full"), st.lists(st.integers(0, 6), max_size=4))
+def test_merged_parts_are_the_whole(case: Case, cuts: list[int]) -> None:
+    """Attention to each part of the keys, some of them empty, merged by their LSE as split-KV decode does."""
+    seqlen_k = case.k.shape[1]
+    ends = sorted(min(cut, seqlen_k) for cut in cuts)
+    parts = []
+    for start, stop in zip([0, *ends], [*ends, seqlen_k], strict=True):
+        o, lse = attention_reference(*case._replace(k=case.k[:, start:stop], v=case.v[:, start:stop]))
+        parts.append((o.transpose(0, 2, 1, 3), lse[..., None]))
+    o, lse = functools.reduce(lambda a, b: merge_normalized(*a, *b), parts)
+    assert_close((o.transpose(0, 2, 1, 3), lse[..., 0]), attention_reference(*case))
+
+
+@given(cases("causal"))
+def test_a_causal_row_is_full_attention_to_the_keys_before_it(case: Case) -> None:
+    """Decode is prefill: the last query alone sees all keys."""
+    q, k, v, _, scale = case
+    o, lse = attention_reference(*case)
+    for i in range(q.shape[1]):
+        stop = max(0, i + 1 + k.shape[1] - q.shape[1])
+        row = attention_reference(q[:, i : i + 1], k[:, :stop], v[:, :stop], "full", scale)
+        assert_close(row, (o[:, i : i + 1], lse[:, :, i : i + 1]))
+
+
+@given(cases(), st.floats(-100, 100))
+def test_shift_of_all_scores(case: Case, shift: float) -> None:
+    """One more column, `shift` in Q and 1 in K: each score grows by scale * shift, so does the LSE, and O stays.
+
+    A score of up to 1000 is rounded by up to 1e-13, so a weight by 1e-13 of itself, a few times over.
+    """
+    q = np.concatenate([case.q, np.full((*case.q.shape[:3], 1), shift)], axis=3)
+    k = np.concatenate([case.k, np.ones((*case.k.shape[:3], 1))], axis=3)
+    o, lse = attention_reference(*case)
+    shifted = attention_reference(*case._replace(q=q, k=k))
+    np.testing.assert_allclose(shifted[0], o, atol=1e-11)
+    np.testing.assert_allclose(shifted[1], lse + case.scale * shift, rtol=1e-12, atol=1e-11)
+
+
+@given(cases())
+def test_linear_in_v(case: Case) -> None:
+    o, lse = attention_reference(*case)
+    assert_close(
+        attention_reference(*case._replace(v=3 - 2 * case.v)),
+        (np.where(lse > -np.inf, 3, 0).transpose(0, 2, 1)[..., None] - 2 * o, lse),
+    )
+
+
+def test_equal_scores_give_the_mean_of_the_values() -> None:
+    v = normal(0, 2, 7, 2, 5)
+    o, lse = attention_reference(np.ones((2, 3, 4, 16)), np.ones((2, 7, 2, 16)), v)
+    np.testing.assert_allclose(o, np.broadcast_to(v.mean(axis=1)[:, None, [0, 0, 1, 1]], o.shape), atol=1e-15)
+    np.testing.assert_allclose(lse, 4 + math.log(7), rtol=1e-15)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_values_that_are_not_finite(value: float) -> None:
+    """Key 2 of 3 is bad in one column of one head. Of five causal rows two see no key, two not this one, one does."""
+    q, k, v = normal(0, 2, 5, 4, 4), normal(1, 2, 3, 2, 4), normal(2, 2, 3, 2, 4)
+    good = attention_reference(q, k, v, "causal")
+    v[1, 2, 1, 3] = value
+    o, lse = attention_reference(q, k, v, "causal")
+    np.testing.assert_array_equal(lse, good[1])
+    expected = good[0].copy()
+    expected[1, 2:4, 2:, 3] = math.nan  # 0 times the value
+    expected[1, 4, 2:, 3] = value
+    np.testing.assert_array_equal(o, expected)
 
 
 def test_query_heads_share_kv_heads_in_order() -> None:
@@ -86,6 +210,14 @@ def test_large_scores_do_not_overflow() -> None:
     o, lse = attention_reference(q, k, np.array([2.0, 3.0]).reshape(1, 2, 1, 1))
     assert o.item() == 2.0
     assert lse.item() == 2e6
+
+
+def test_a_masked_key_is_below_any_score() -> None:
+    o, lse = attention_reference(
+        np.full((1, 2, 1, 1), 1e150), np.full((1, 2, 1, 1), -1e150), np.array([2.0, 3.0]).reshape(1, 2, 1, 1), "causal"
+    )
+    assert o.ravel().tolist() == [2.0, 2.5]
+    np.testing.assert_allclose(lse, -1e300, rtol=1e-15)
 
 
 def test_nan_in_a_masked_key_stays_there() -> None:

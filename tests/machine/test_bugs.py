@@ -1,26 +1,17 @@
-"""Every wait and every signal of a schedule is needed: without it, a single functional run says so.
-
-Each statement of fa2.py and fa3.py that waits or signals is taken away, one at a time, and the mutant runs once on each
-of a few small problems at hardware latencies. It is noticed if a run reports a race, a hazard or a deadlock, or if its
-numbers are not accepted. What survives is listed with the reason why it is right. `pytest -s` prints the whole table.
-"""
+"""Bugs of the barrier protocol, as pieces of a schedule's text, and what notices them in one run."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from mutants import PROBE, Mutant, mutants_of, probed
 
 from flashsim import schedules
+from flashsim.check.mutants import mutants_of
 from flashsim.devices import load_device
 from flashsim.engine import Memory
 from flashsim.errors import SimulationError
@@ -29,30 +20,7 @@ from flashsim.schedules import Schedule, load_schedule
 from flashsim.simulate import simulate
 
 CLASSES = {"fa2": "FA2", "fa3": "FA3"}
-NOT_RUN = "."
 SURVIVED = "-"
-
-REFILL_TWICE = (
-    "refill waits twice for the same thing, the sync of all consumers and the ring's empty barrier: "
-    "either one is enough, and without both the load is a race"
-)
-FIRST_LOADS = "without a producer a CTA has one work tile: the rings are empty, phase -1 is complete from the start"
-SCOREBOARD = "an mma.sync product writes registers, and the scoreboard holds every reader back until they are written"
-
-EQUIVALENT = {
-    "fa3": {
-        ("refill", "yield s.consumers.wait()", "removed"): REFILL_TWICE,
-        ("refill", "yield s.consumers.wait()", "arrives only"): REFILL_TWICE,
-        ("refill", "yield ring.empty(following)", "removed"): REFILL_TWICE,
-        ("first_loads", "yield s.K.empty(j)", "removed"): FIRST_LOADS,
-        ("first_loads", "yield s.V.empty(j)", "removed"): FIRST_LOADS,
-    },
-    "fa2": {
-        ("program", "yield wg.gemm(s.Q.rows(*my_rows), s.K.T, into=r.S)", "not awaited"): SCOREBOARD,
-        ("program", "yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)", "not awaited"): SCOREBOARD,
-    },
-}
-"""(function, statement, change) of every mutant that is not noticed, and why it need not be."""
 
 
 @dataclass(frozen=True)
@@ -109,73 +77,7 @@ def load_text(name: str, text: str, folder: Path, stem: str) -> type[Schedule]:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("mutants")
-
-
-@cache
-def executed(name: str, folder: Path) -> dict[str, set[int]]:
-    """By case, the lines of mutated statements that it runs. The unchanged schedule must pass."""
-    kind = load_text(name, probed(source_of(name)), folder, f"{name}_probed")
-    lines: set[int] = getattr(sys.modules[kind.__module__], PROBE)
-    by_case = {}
-    for case in CASES[name]:
-        lines.clear()
-        assert case.notice(kind) == SURVIVED
-        by_case[case.name] = set(lines)
-    return by_case
-
-
-@cache
-def noticed(name: str, folder: Path) -> dict[Mutant, dict[str, str]]:
-    """By mutant and case, how it is noticed."""
-    ran = executed(name, folder)
-    table = {}
-    for number, mutant in enumerate(mutants_of(source_of(name))):
-        kind = load_text(name, mutant.source, folder, f"{name}_{number}")
-        table[mutant] = {
-            case.name: case.notice(kind) if mutant.line in ran[case.name] else NOT_RUN for case in CASES[name]
-        }
-    return table
-
-
-def show(lines: Iterable[str]) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in ("", *lines)))
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_every_mutated_statement_is_run_by_some_case(name: str, folder: Path) -> None:
-    ran = set.union(*executed(name, folder).values())
-    assert {mutant.line for mutant in mutants_of(source_of(name))} == ran
-
-
-@pytest.mark.parametrize("name", CLASSES)
-def test_every_mutant_is_noticed_or_known_to_be_right(name: str, folder: Path) -> None:
-    table = noticed(name, folder)
-    survivors = {m.key for m, found in table.items() if set(found.values()) <= {SURVIVED, NOT_RUN}}
-    show([f"{'':<90}" + "".join(f"{case.name:<14}" for case in CASES[name])])
-    show(f"{m!s:<90}" + "".join(f"{how:<14}" for how in found.values()) for m, found in table.items())
-    show(f"survives: {', '.join(key)}\n    {EQUIVALENT[name].get(key, 'WHY?')}" for key in sorted(survivors))
-    assert survivors == EQUIVALENT[name].keys()
-
-
-def test_there_are_as_many_mutants_as_waits_and_signals() -> None:
-    """Counted by hand in the files' text: a wait is a `yield` that is no `yield from`."""
-    for name in CLASSES:
-        lines = [line.partition("#")[0] for line in source_of(name).splitlines()]
-        waits = [line for line in lines if line.lstrip().startswith("yield ") and "yield from" not in line]
-        signals = [line for line in lines if line.rstrip().endswith(("pass_on()",)) or ".release(" in line]
-        syncs = [line for line in waits if ".wait()" in line and "turn" not in line]
-        assert len(mutants_of(source_of(name))) == len(waits) + len(signals) + len(syncs)
-
-
-def test_a_mutant_differs_in_its_line_only() -> None:
-    for name in CLASSES:
-        text = source_of(name)
-        for mutant in mutants_of(text):
-            pairs = list(zip(text.splitlines(), mutant.source.splitlines(), strict=True))
-            different = [number for number, (old, new) in enumerate(pairs, start=1) if old != new]
-            assert different == [mutant.line]
-            ast.parse(mutant.source)
+    return tmp_path_factory.mktemp("bugs")
 
 
 # What the list of survivors rests on.
@@ -203,20 +105,6 @@ def test_without_turns_only_time_changes(folder: Path) -> None:
     assert not [m for m in mutants_of(text) if "turn" in m.statement]
     kind = load_text("fa3", text, folder, "fa3_without_turns")
     assert [case.notice(kind) for case in CASES["fa3"]] == [SURVIVED] * 4
-
-
-def test_a_sync_of_fa2_matters_where_there_is_somebody_to_sync_with(folder: Path) -> None:
-    """One warpgroup of four warps is one party here: between its warps the model sees no order to lose."""
-    found = {m: by_case for m, by_case in noticed("fa2", folder).items() if "everybody" in m.statement}
-    assert len(found) == 4
-    for by_case in found.values():
-        assert by_case == {"1 warpgroup": SURVIVED, "2 warpgroups": "Race"}
-
-
-@pytest.mark.parametrize("statement", ["yield q", "yield k", "yield v"])
-def test_a_load_of_fa2_must_be_awaited_with_any_number_of_warpgroups(statement: str, folder: Path) -> None:
-    (by_case,) = [by_case for m, by_case in noticed("fa2", folder).items() if m.statement == statement]
-    assert by_case == {"1 warpgroup": "Race", "2 warpgroups": "Race"}
 
 
 @pytest.mark.parametrize(

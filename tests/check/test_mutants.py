@@ -1,0 +1,189 @@
+"""Every wait and every signal of a schedule is needed: a functional run notices when it is gone, early, or of another
+slot. A fixed sample here; `flashsim check --mutants` has them all.
+"""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from flashsim import schedules
+from flashsim.check.equivalent import EQUIVALENT, WAITS_TOO_EARLY, reason_for
+from flashsim.check.mutants import Mutant, mutants_of, probed
+from flashsim.check.survey import EQUIVALENT as OUTCOME_EQUIVALENT
+from flashsim.check.survey import INVALID, KILLED, NOT_RUN, SURVIVED, Survey, Verdict, mutants_in, survey
+
+BUILT_IN = schedules.schedule_names()
+
+
+def source_of(name: str) -> str:
+    return (Path(schedules.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+
+
+# The generator.
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_there_is_a_mutant_without_each_wait_and_each_signal(name: str) -> None:
+    """Counted by hand in the files' text: a wait is a `yield` that is no `yield from`."""
+    lines = [line.partition("#")[0] for line in source_of(name).splitlines()]
+    waits = [line for line in lines if line.lstrip().startswith("yield ") and "yield from" not in line]
+    signals = [line for line in lines if line.rstrip().endswith(("pass_on()",)) or ".release(" in line]
+    gone = [mutant for mutant in mutants_in(name) if mutant.change in ("removed", "not awaited")]
+    assert len(gone) == len(waits) + len(signals)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_there_are_two_mutants_of_another_slot_for_each_index_of_a_ring(name: str) -> None:
+    text = "\n".join(line.partition("#")[0] for line in source_of(name).splitlines())
+    indices = sum(text.count(f".{method}(") for method in ("full", "empty", "release"))
+    other = [mutant for mutant in mutants_in(name) if mutant.change in ("next item", "item before")]
+    assert len(other) == 2 * indices
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_mutants_differ_from_the_file_and_can_be_parsed(name: str) -> None:
+    mutants = mutants_in(name)
+    assert len({mutant.source for mutant in mutants} | {source_of(name)}) == len(mutants) + 1
+    for mutant in mutants:
+        ast.parse(mutant.source)
+
+
+def test_lines_keep_their_numbers() -> None:
+    text = source_of("fa3")
+    for mutant in mutants_of(text):
+        pairs = list(zip(text.splitlines(), mutant.source.splitlines(), strict=True))
+        different = [number for number, (old, new) in enumerate(pairs, start=1) if old != new]
+        if mutant.change != "earlier":
+            assert different == [mutant.line]
+        else:  # from the statement before it to its own line
+            assert max(different) == mutant.line
+
+
+LOOP = "        for tile in wg.tiles():\n"
+TOY = """
+def program(wg, s):
+    for j in wg.kv_tiles():
+        yield s.K.full(j)
+        for i in range(2):
+            wg.gemm(s.K[j])
+        s.K.release(j)
+    def inner():
+        a = wg.load()
+        yield a
+"""
+
+
+def test_what_a_small_program_becomes() -> None:
+    mutants = {mutant.key: mutant.source for mutant in mutants_of(TOY)}
+    release, wait = "s.K.release(j)", "yield s.K.full(j)"
+    changed = {
+        ("program", wait, "removed"): ("        yield s.K.full(j)\n", "        yield from ()\n"),
+        ("program", wait, "next item"): ("s.K.full(j)", "s.K.full(j + 1)"),
+        ("program", wait, "item before"): ("s.K.full(j)", "s.K.full(j - 1)"),
+        ("program", release, "removed"): (release, "pass"),
+        ("program", release, "next item"): (release, "s.K.release(j + 1)"),
+        ("program", release, "item before"): (release, "s.K.release(j - 1)"),
+        ("inner", "yield a", "removed"): ("yield a", "yield from ()"),
+        ("inner", "yield a", "earlier"): ("a = wg.load()\n        yield a", "yield a; a = wg.load()\n        pass"),
+    }
+    expected = {key: TOY.replace(old, new) for key, (old, new) in changed.items()}
+    block = "        for i in range(2):\n            wg.gemm(s.K[j])\n"
+    expected["program", release, "earlier"] = TOY.replace(f"{block}        {release}\n", f"        {release}\n{block}")
+    assert mutants == expected
+
+
+def test_a_probed_file_notes_the_lines_that_run() -> None:
+    space: dict[str, set[int]] = {}
+    exec(probed("def program(s):\n    yield 1\n    if s:\n        yield 2\n"), space)
+    list(space["program"](False))  # type: ignore[operator]
+    assert space["EXECUTED"] == {2}
+
+
+# The survey.
+
+SAMPLE = {"fa3": 9, "fa2": 4, "standard": 4}
+"""Every so many mutants."""
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_sample_of_mutants_is_killed_or_explained(name: str) -> None:
+    numbers = list(range(0, len(mutants_in(name)), SAMPLE[name]))
+    found = Survey(name, tuple(survey(name, numbers, workers=1)))
+    assert found.passed, [verdict for verdict in found.verdicts if verdict.outcome in (SURVIVED, NOT_RUN)]
+    assert found.counts[KILLED] >= len(numbers) / 3
+    assert found.counts[INVALID] == 0
+
+
+def test_every_written_reason_names_a_mutant() -> None:
+    for name, reasons in EQUIVALENT.items():
+        assert reasons.keys() <= {mutant.key for mutant in mutants_in(name)}
+
+
+def mutant_of(statement: str, change: str) -> Mutant:
+    return Mutant("program", 1, statement, change, "")
+
+
+@pytest.mark.parametrize(
+    ("statement", "explained"),
+    [
+        ("yield s.K.full(j)", True),
+        ("yield qk", True),
+        ("yield s.turn.wait()", True),
+        ("s.turn.pass_on()", True),
+        ("s.K.release(j)", False),
+        ("yield s.everybody.wait()", False),
+        ("yield wg.gemm(a, b, into=c)", False),
+    ],
+)
+def test_which_statements_may_come_too_early(statement: str, explained: bool) -> None:
+    """A pure wait or a turn costs only time; what also issues or signals must be noticed, or have a reason."""
+    assert (reason_for("fa3", mutant_of(statement, "earlier")) is not None) == explained
+    assert reason_for("fa3", mutant_of(statement, "removed")) is None
+
+
+def test_a_users_schedule_is_surveyed_and_gets_no_reasons_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(source_of("fa2"), encoding="utf-8")
+    name = f"{path}:FA2"
+    not_awaited, early = [
+        next(n for n, mutant in enumerate(mutants_in(name)) if (mutant.statement[:8], mutant.change) == which)
+        for which in (("yield wg", "not awaited"), ("yield q", "earlier"))
+    ]
+    first, second = survey(name, [not_awaited, early], workers=1)
+    assert sorted((first.outcome, second.outcome)) == [OUTCOME_EQUIVALENT, SURVIVED]
+    assert WAITS_TOO_EARLY in (first.how, second.how)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_mutant_that_cannot_run_is_invalid(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    text = source_of("fa2").replace(
+        "                yield v\n", "                done = v\n                yield done\n"
+    )
+    path.write_text(text, encoding="utf-8")
+    name = f"{path}:FA2"
+    number = next(n for n, m in enumerate(mutants_in(name)) if (m.statement, m.change) == ("yield done", "earlier"))
+    (verdict,) = survey(name, [number], workers=1)
+    assert verdict.outcome == INVALID
+    assert "done" in verdict.how
+
+
+def test_a_line_that_no_example_runs_is_said_to_be_so(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    text = source_of("fa2").replace(
+        "        for tile in wg.tiles():\n",
+        f"        if s is r:\n            yield s\n{LOOP}",
+    )
+    path.write_text(text, encoding="utf-8")
+    (verdict,) = survey(f"{path}:FA2", [0], workers=1)
+    assert verdict.outcome == NOT_RUN
+    assert not Survey("mine", (verdict,)).passed
+
+
+def test_a_survey_with_a_survivor_has_not_passed() -> None:
+    verdict = Verdict("program", 1, "yield q", "removed", SURVIVED, "", 16)
+    assert not Survey("mine", (verdict,)).passed
+    assert Survey("mine", (verdict,)).to_json()["counts"]["survived"] == 1
