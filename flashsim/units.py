@@ -20,6 +20,11 @@ def ticks(clk: float) -> int:
     return math.floor(clk * TICKS_PER_CLK + 0.5)
 
 
+def cycle_of(time: int) -> str:
+    """The cycle of a point in time, for messages."""
+    return f"cycle {time / TICKS_PER_CLK:.0f}"
+
+
 def clk_of_ns(ns: float, clock_mhz: float) -> float:
     """Cycles of a `clock_mhz` clock in `ns` nanoseconds."""
     return ns * clock_mhz / 1000

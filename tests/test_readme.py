@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flashsim.cli import main
 from flashsim.schedules import fa3
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,19 @@ def test_the_main_loop_is_that_of_fa3() -> None:
     rest = re.sub(r" +yield from self\.refill\(.*\)\n", "", loop)
     rest = re.sub(r" +if rescale_early:\n.*\n", "", rest).replace("    if not rescale_early:\n        ", "    ")
     assert ast.unparse(shown) == rest
+
+
+def test_a_check_of_the_loop_without_a_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shown,) = [block for block in blocks("console") if "check my_fa3.py" in block]
+    text = Path(fa3.__file__).read_text(encoding="utf-8")
+    assert text.count("            yield pv  # 14\n") == 1
+    monkeypatch.chdir(tmp_path)
+    Path("my_fa3.py").write_text(text.replace("            yield pv  # 14\n", ""), encoding="utf-8")
+    command, _, expected = shown.partition("\n")
+    assert main(command.split()[2:]) == 1
+    assert capsys.readouterr().out == expected
 
 
 def test_the_scenario_reads(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Protocol
 from flashsim.engine.causality import Clock, join
 from flashsim.engine.simulation import Event, Simulation
 from flashsim.errors import Hazard
+from flashsim.units import cycle_of
 
 
 class Wait(Protocol):
@@ -127,7 +128,8 @@ class Turn:
     def pass_on(self, party: int, clock: Clock | None = None) -> None:
         """Hand the turn to the next party. Raises Hazard if `party` has not taken it."""
         if party != self.holder or not self.taken:
-            raise Hazard(f"{self.name}: party {party} passes a turn that it has not waited for, tick {self.sim.now}")
+            now = cycle_of(self.sim.now)
+            raise Hazard(f"{self.name}: party {party} passes a turn that it has not waited for, in {now}")
         self.holder = (party + 1) % self.parties
         self.taken = False
         if clock is not None:

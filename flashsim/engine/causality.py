@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from flashsim.errors import Race
+from flashsim.units import cycle_of
 
 Clock = dict["Timeline", int]
 """For each timeline, how many of its operations are known to have ended."""
@@ -56,7 +57,7 @@ class Access:
         return clock.get(self.timeline, 0) >= self.count
 
     def __str__(self) -> str:
-        return f"{self.what} by {self.timeline.name}, issued at tick {self.time}"
+        return f"{self.what} by {self.timeline.name}, issued in {cycle_of(self.time)}"
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ import simpy
 
 from flashsim.engine.watchdog import PATIENCE_S, Stuck, Watchdog
 from flashsim.errors import EndlessRun, SimulationError
+from flashsim.units import cycle_of
 
 Event = simpy.Event
 Steps = Generator[Event, Any, None]
@@ -37,7 +38,7 @@ class Simulation:
         """An event that fires at `time`, or now if that has passed."""
         self.events += 1
         if self.events > self._max_events:
-            raise EndlessRun(f"gave up after {self._max_events} events, at tick {self.now}")
+            raise EndlessRun(f"gave up after {self._max_events} events, in {cycle_of(self.now)}")
         delay = time - self._env._now
         return simpy.Timeout(self._env, delay if delay > 0 else 0)
 
@@ -74,4 +75,5 @@ class Simulation:
             original = error.__cause__ if type(error.__cause__) is type(error) else error
             raise original from original.__cause__
         except Stuck:
-            raise SimulationError(f"computes for {PATIENCE_S:.0f} s without an event, at tick {self.now}") from None
+            now = cycle_of(self.now)
+            raise SimulationError(f"computes for {PATIENCE_S:.0f} s without an event, in {now}") from None

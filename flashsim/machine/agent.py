@@ -18,6 +18,7 @@ from flashsim.machine.tiles import HbmTile, WorkTile
 from flashsim.machine.trace import slots_awaited
 from flashsim.schedules.base import Role
 from flashsim.schedules.verbs import MapOp, Program, ReduceOp
+from flashsim.units import cycle_of
 
 if TYPE_CHECKING:
     from flashsim.machine.cta import CTA
@@ -104,7 +105,8 @@ class Agent:
                 raise SimulationError(f"{line}: {self.name} loops without ever waiting") from None
             waits, since = (waits + 1, since) if since == self.sim.now else (0, self.sim.now)
             if waits > MAX_WAITS_AT_ONCE:
-                raise SimulationError(f"{self.where()}: {self.name} loops without time going on, tick {self.sim.now}")
+                now = cycle_of(self.sim.now)
+                raise SimulationError(f"{self.where()}: {self.name} loops without time going on, in {now}")
             yield from self._issue()
             yield from self._await(wait)
         yield from self._issue()

@@ -16,7 +16,7 @@ from flashsim.machine.sm import SM
 from flashsim.machine.tiles import Coordinates, Shortened, WorkTile
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Kernel
-from flashsim.units import ticks
+from flashsim.units import cycle_of, ticks
 
 
 class CTA:
@@ -40,6 +40,7 @@ class CTA:
         self.functional = options.tensors is not None
         self.rounded = options.rounded
         self.trace = options.trace
+        self.hbm = options.hbm
         self._next_tile = next_tile
         self._on_exit = on_exit
         self._tiles: list[WorkTile] = []
@@ -141,7 +142,7 @@ def run_to_end(sim: Simulation, running: Collection[CTA], max_events: int) -> No
     except EndlessRun as error:
         raise EndlessRun("\n".join([f"{error}", *_by_cta(cta.standing() for cta in running)])) from None
     if running:
-        lines = [f"deadlock at tick {sim.now}", *_by_cta(cta.waiting() for cta in running)]
+        lines = [f"deadlock in {cycle_of(sim.now)}", *_by_cta(cta.waiting() for cta in running)]
         raise Deadlock("\n".join(lines))
 
 

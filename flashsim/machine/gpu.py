@@ -4,7 +4,7 @@ alike."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from flashsim.devices import DeviceSpec
@@ -16,6 +16,7 @@ from flashsim.machine.feasibility import fit
 from flashsim.machine.grid import WorkTiles
 from flashsim.machine.memory import PrivateMemory, SharedMemory
 from flashsim.machine.options import EVENTS_PER_KV_TILE, Options
+from flashsim.machine.shared_hbm import SharedHbm
 from flashsim.machine.sm import SM, UNITS
 from flashsim.machine.tiles import Coordinates, walk_of
 from flashsim.problem import AttentionProblem, num_q_tiles
@@ -69,7 +70,7 @@ class FullSimulation:
 
     def run(self) -> KernelRun:
         """Simulate. Raises Deadlock, Race or Hazard if the schedule is wrong, Infeasible if it does not fit."""
-        o, k = self.options, self.kernel
+        o, k = replace(self.options, hbm=SharedHbm()), self.kernel
         per_sm = fit(k, self.problem, self.device).ctas_per_sm
         sim = self._sim = Simulation()
         costs = Costs(self.device, self.clock_mhz)
@@ -77,6 +78,7 @@ class FullSimulation:
         shared = SharedMemory(sim, costs, tma, o.seed)
         private = PrivateMemory(sim, costs, tma)
         memory = private if o.private_memory else shared
+        self._settings = o
         self._sms = [_Sm(SM(sim, costs, memory, o.draw)) for _ in range(self.device.sm.count)]
         self._running: dict[CTA, _Sm] = {}
         self._ended: list[CTA] = []
@@ -113,7 +115,7 @@ class FullSimulation:
         if host.resident == 0:
             host.since = sim.now
         host.resident += 1
-        cta = CTA(host.sm, self.kernel, self.problem, lambda: next(source, None), self._exit, self.options)
+        cta = CTA(host.sm, self.kernel, self.problem, lambda: next(source, None), self._exit, self._settings)
         self._running[cta] = host
         cta.start()
 

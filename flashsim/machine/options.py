@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from flashsim.machine.shared_hbm import SharedHbm
 from flashsim.machine.sm import Draw
 from flashsim.machine.trace import Trace
 
@@ -26,5 +27,7 @@ class Options:
     """Numbers, float64 (batch, seqlen, heads, head_dim) by name: makes the run functional."""
     rounded: bool = False
     """In a functional run, round every tile that is written to its dtype."""
+    hbm: SharedHbm | None = None
+    """In a functional run, the accesses to HBM of one kernel."""
     trace: Trace | None = None
     """In a functional run, note here what everybody does."""

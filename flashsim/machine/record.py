@@ -9,8 +9,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flashsim.engine import Access, Clock, Completion, Timeline
-from flashsim.errors import Hazard
+from flashsim.errors import Hazard, SimulationError
 from flashsim.machine.buffers import Buffer, View
+from flashsim.machine.shared_hbm import INPUTS
 from flashsim.machine.tiles import HbmTile
 from flashsim.machine.trace import Touch, until_its_end
 
@@ -52,6 +53,15 @@ class Record:
         assert memory is not None
         memory.write(Access(on, number, view.span, what, self.agent.sim.now), known)
 
+    def _in_hbm(self, tile: HbmTile, on: Timeline, number: int, known: Clock, what: str, stored: bool = False) -> None:
+        if stored and tile.tensor in INPUTS:
+            raise SimulationError(f"{self.agent.where()}: {what} writes over an input")
+        access = Access(on, number, tile.row_span, what, self.agent.sim.now)
+        hbm = self.agent.cta.hbm
+        assert hbm is not None
+        for memory in hbm.of(tile):
+            (memory.write if stored else memory.read)(access, known)
+
     def _note(self, who: str, what: object, reads: tuple[View, ...], into: View | None) -> Touch | None:
         trace = self.agent.cta.trace
         if trace is None:
@@ -78,6 +88,8 @@ class Record:
         number, known = self._asynchronous(on, completion, in_order=False)
         touch = self._note(self.agent.name, completion.what, (), into)
         self._write(into, on, number, known, str(completion.what))
+        if source.tensor not in INPUTS:
+            self._in_hbm(source, on, number, known, str(completion.what))
         tensors = self.agent.cta.tensors
         assert tensors is not None
         return until_its_end(touch, self.agent, lambda: into.assign(source.read(tensors)))
@@ -85,16 +97,20 @@ class Record:
     def store(self, source: View, into: HbmTile, completion: Completion) -> Effect:
         tensors = self.agent.cta.tensors
         assert tensors is not None
-        touch = self._note(self.agent.name, completion.what, (source,), None)
+        what = str(completion.what)
+        touch = self._note(self.agent.name, what, (source,), None)
         if source.place == "registers":  # read when issued, as every st instruction does
-            self._read(source, self.timeline, self.timeline.step(), self.timeline.clock, str(completion.what))
+            number, known = self.timeline.step(), self.timeline.clock
+            self._read(source, self.timeline, number, known, what)
+            self._in_hbm(into, self.timeline, number, known, what, stored=True)
 
             def effect() -> None:
                 into.write(tensors, self._round(source.numbers(), into.dtype))
 
             return until_its_end(touch, self.agent, effect)
         number, known = self._asynchronous(self._stores, completion, in_order=True)
-        self._read(source, self._stores, number, known, str(completion.what))
+        self._read(source, self._stores, number, known, what)
+        self._in_hbm(into, self._stores, number, known, what, stored=True)
         return until_its_end(touch, self.agent, lambda: into.write(tensors, source.numbers()))
 
     def gemm(

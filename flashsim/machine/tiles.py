@@ -63,6 +63,16 @@ class HbmTile:
         return rows, columns
 
     @property
+    def row_span(self) -> tuple[int, int]:
+        """The tensor's rows that this tile covers."""
+        return self.origin[0], self.origin[0] + self._exist[0]
+
+    @property
+    def column_span(self) -> tuple[int, int]:
+        """The tensor's columns that this tile covers."""
+        return self.origin[1], self.origin[1] + self._exist[1]
+
+    @property
     def size_byte(self) -> int:
         """Bytes that exist and have to be moved."""
         rows, columns = self._exist

@@ -174,7 +174,7 @@ def test_a_turn_of_one_party_comes_back_at_once() -> None:
 
 def test_a_turn_that_was_not_waited_for_cannot_be_passed() -> None:
     turn = Turn(Simulation(), "turn", parties=2)
-    message = "turn: party 0 passes a turn that it has not waited for, tick 0"
+    message = "turn: party 0 passes a turn that it has not waited for, in cycle 0"
     with pytest.raises(Hazard, match=message):
         turn.pass_on(0)
 

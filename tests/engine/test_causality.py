@@ -79,7 +79,7 @@ def test_two_writes_that_nothing_orders_are_a_race_and_both_are_named() -> None:
     with pytest.raises(Race) as race:
         memory.write(later, b.knows)
     assert str(race.value) == (
-        "race on V[1]: nothing orders load(V) by a, issued at tick 120 before store(O) by b, issued at tick 450"
+        "race on V[1]: nothing orders load(V) by a, issued in cycle 0 before store(O) by b, issued in cycle 2"
     )
 
 

@@ -237,7 +237,20 @@ BUGS = (
     ),
 )
 
+LSE_STORE = "            wg.store(r.stats.l, into=tile.LSE.rows(*my_rows))  # 15\n"
 ONCE_OVERLOOKED = (
+    Bug(
+        "two warpgroups store the same rows of the LSE, and the right one happens to be later",
+        "fa2",
+        FA2_TWO,
+        ((LSE_STORE, f"            wg.store(r.stats.l, into=tile.LSE.rows(0, rows))\n{LSE_STORE}"),),
+    ),
+    Bug(
+        "a kernel writes over its input",
+        "fa2",
+        FA2_ONE,
+        ((LSE_STORE, f"{LSE_STORE}            wg.store(r.O, into=tile.Q.rows(*my_rows))\n"),),
+    ),
     Bug(
         "S is overwritten while P, which lies in its registers, is still needed",
         "fa2",
