@@ -34,7 +34,7 @@ class SimulationError(FlashsimError):
 
 
 class EndlessRun(SimulationError):
-    """A simulated kernel took more events than any kernel that ends."""
+    """A simulated kernel took more events, or one of its steps more seconds, than any that ends."""
 
 
 class Race(SimulationError):

@@ -16,7 +16,9 @@ from flashsim.schedules import load_schedule
 
 EXAMPLES = 200
 SHRINKING_S = 20.0
-"""Seconds for which a smaller failing case is looked for."""
+"""Seconds for which a smaller failing example is looked for."""
+SLOW_S = 2.0
+"""An example that takes longer to fail, most often one that does not end, is not made smaller."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +123,12 @@ class _Search:
             self._until = time.monotonic() + SHRINKING_S
         elif time.monotonic() > self._until:
             return None  # looked for long enough: nothing fails any more but what has failed before
+        begin = time.monotonic()
         try:
             example.check()
         except SimulationError as error:
+            if time.monotonic() - begin > SLOW_S:
+                self._until = 0.0
             return error
         return None
 

@@ -63,8 +63,7 @@ class Simulation:
     def run(self, max_events: int | None = None) -> None:
         """Process events until none is left.
 
-        Raises EndlessRun when more than `max_events` were scheduled, and SimulationError for a step that computes for
-        more than 10 seconds.
+        Raises EndlessRun when more than `max_events` were scheduled, or one step computes for more than 10 seconds.
         """
         self._max_events = max_events or sys.maxsize
         try:
@@ -76,4 +75,4 @@ class Simulation:
             raise original from original.__cause__
         except Stuck:
             now = cycle_of(self.now)
-            raise SimulationError(f"computes for {PATIENCE_S:.0f} s without an event, in {now}") from None
+            raise EndlessRun(f"computes for {PATIENCE_S:.0f} s without an event, in {now}") from None

@@ -8,7 +8,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flashsim.engine import Clock, Completion, Steps, Stuck, Wait, join
-from flashsim.errors import FlashsimError, SimulationError, line_of
+from flashsim.errors import EndlessRun, FlashsimError, SimulationError, line_of
 from flashsim.machine.buffers import Buffer, View
 from flashsim.machine.copies import Load, Store
 from flashsim.machine.operations import Batch, Overhead, Signal
@@ -102,7 +102,7 @@ class Agent:
                 raise SimulationError(f"{line_of(error)}: {self.name}: {type(error).__name__}: {error}") from error
             except Stuck as error:
                 line = line_of(error, within=self.role.program.__code__.co_filename)
-                raise SimulationError(f"{line}: {self.name} loops without ever waiting") from None
+                raise EndlessRun(f"{line}: {self.name} loops without ever waiting") from None
             waits, since = (waits + 1, since) if since == self.sim.now else (0, self.sim.now)
             if waits > MAX_WAITS_AT_ONCE:
                 now = cycle_of(self.sim.now)

@@ -19,6 +19,7 @@ from flashsim.check.draw import drawn_examples, values_of
 from flashsim.check.example import KINDS, Example, Latencies, NotAccepted
 from flashsim.check.prove import Report, check
 from flashsim.check.words import report_lines
+from flashsim.engine import watchdog
 from flashsim.errors import InputError
 from flashsim.machine.sm import UNITS
 from flashsim.problem import AttentionProblem
@@ -144,6 +145,28 @@ def test_a_search_that_is_out_of_time_still_ends_with_a_failure(
     failure = check(name, 50).failure
     assert failure is not None
     assert failure.kind == "Race"
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("while True: pass", "loops without ever waiting"),
+        ("while True: yield wg.load(tile.Q, into=s.Q)", "gave up after"),
+        ("yield 42", "which cannot be waited for"),
+        ("raise KeyError(tile)", "KeyError"),
+    ],
+)
+def test_a_schedule_that_goes_wrong_in_python(
+    statement: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(prove, "SLOW_S", 0.4)
+    before = "                yield q\n"
+    name = edited(tmp_path, "fa2", before, f"{before}                {statement}\n")
+    failure = check(name, 10).failure
+    assert failure is not None
+    assert words in failure.message
+    assert f"mine.py:{line_of(name, statement)}" in failure.message
 
 
 def test_a_schedule_that_accepts_nothing_is_bad_input(tmp_path: Path) -> None:
