@@ -6,12 +6,13 @@ Tensors are (batch, seqlen, heads, head_dim). Nothing here depends on a GPU or a
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from flashsim.errors import InputError, unknown
-from flashsim.masks import Mask, parse_mask
+from flashsim.masks import KVWalk, Mask, parse_mask
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +69,7 @@ class AttentionProblem:
     """One attention operation. `heads_kv`, `seqlen_k` and `head_dim_v` default to `heads_q`, `seqlen_q`, `head_dim`.
 
     Sizes are whole numbers from 1; head dims end at 512, the other sizes at 2**31 - 1; `heads_kv` divides `heads_q`.
-    `dtype` is fp16 or bf16, `mask` full or causal, `direction` fwd, `dropout` 0.
+    `dtype` is fp16 or bf16, `mask` one of `flashsim.masks.SPELLING`, `direction` fwd, `dropout` 0.
     Raises InputError with one line per field that is wrong.
     """
 
@@ -119,7 +120,10 @@ class AttentionProblem:
             problems.append(f"heads_kv: got {sizes['heads_kv']}, must divide heads_q = {sizes['heads_q']}")
         _check_name("dtype", dtype, tuple(DTYPES), UNSUPPORTED_DTYPES, problems)
         try:
-            parse_mask(mask)
+            rule = parse_mask(mask)
+            if not problems:
+                sizes_of_mask = (sizes["batch"], sizes["seqlen_q"], sizes["seqlen_k"])
+                problems += [f"mask: {line}" for line in rule.complaints(*sizes_of_mask)]
         except InputError as error:
             problems += error.problems
         _check_name("direction", direction, DIRECTIONS, UNSUPPORTED_DIRECTIONS, problems)
@@ -130,11 +134,12 @@ class AttentionProblem:
         for name, value in (*sizes.items(), ("dtype", dtype), ("mask", mask), ("direction", direction)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "dropout", 0.0)
+        object.__setattr__(self, "_mask_rule", rule)
 
     @property
     def mask_rule(self) -> Mask:
-        """What `mask` names."""
-        return parse_mask(self.mask)
+        """What `mask` names, as it was when the problem was made: a block list is a file."""
+        return self._mask_rule  # type: ignore[attr-defined, no-any-return]
 
     @property
     def heads_per_kv(self) -> int:
@@ -153,21 +158,29 @@ class AttentionProblem:
 
     @property
     def pairs(self) -> float:
-        """P, the (query, key) pairs per head that FLOP counts use: seqlen_q * seqlen_k for full,
-        seqlen_q * (max(0, seqlen_k - seqlen_q) + seqlen_k) / 2 for causal (a convention: it may be half an odd number).
+        """P, the (query, key) pairs per head, summed over the batch, that FLOP counts use: for each batch entry
+        seqlen_q * seqlen_k for full, seqlen_q * (max(0, seqlen_k - seqlen_q) + seqlen_k) / 2 for causal (a convention:
+        it may be half an odd number), and the pairs that are not masked for every other mask.
         """
-        return self.mask_rule.twice_counted_pairs(self.seqlen_q, self.seqlen_k) / 2
+        return self._twice_counted_pairs / 2
 
-    @property
+    @cached_property
+    def _twice_counted_pairs(self) -> int:
+        return self._of_all_entries(lambda b: self.mask_rule.twice_counted_pairs(self.seqlen_q, self.seqlen_k, b))
+
+    @cached_property
     def allowed_pairs(self) -> int:
-        """Exact number of (query, key) pairs per head that are not masked."""
-        return self.mask_rule.allowed_pairs(self.seqlen_q, self.seqlen_k)
+        """Exact number of (query, key) pairs per head, summed over the batch, that are not masked."""
+        return self._of_all_entries(lambda b: self.mask_rule.allowed_pairs(self.seqlen_q, self.seqlen_k, b))
+
+    def _of_all_entries(self, count: Callable[[int], int]) -> int:
+        """Sum of `count(batch entry)`, asked once where entries do not differ."""
+        return sum(map(count, range(self.batch))) if self.mask_rule.by_batch else self.batch * count(0)
 
     @property
     def flops(self) -> int:
-        """2 * batch * heads_q * pairs * (head_dim + head_dim_v), exact."""
-        twice = self.mask_rule.twice_counted_pairs(self.seqlen_q, self.seqlen_k)
-        return self.batch * self.heads_q * twice * (self.head_dim + self.head_dim_v)
+        """2 * heads_q * pairs * (head_dim + head_dim_v), exact."""
+        return self.heads_q * self._twice_counted_pairs * (self.head_dim + self.head_dim_v)
 
     @property
     def tensor_bytes(self) -> dict[str, int]:
@@ -193,53 +206,22 @@ class AttentionProblem:
         return sum(self.tensor_bytes.values())
 
 
-@dataclass(frozen=True, slots=True)
-class KVWalk:
-    """The KV tiles that one Q tile visits, from block `first` downwards, as FlashAttention-2 and -3 walk.
-
-    The `partial` tiles that need masking come first, the whole ones after them. No tile: first -1, count 0.
-    Iterating gives (block, is_partial).
-    """
-
-    first: int
-    count: int
-    partial: int
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __iter__(self) -> Iterator[tuple[int, bool]]:
-        return ((self.first - step, step < self.partial) for step in range(self.count))
-
-    def block(self, step: int) -> int:
-        """Block index of the tile visited at `step`, 0 <= step < count."""
-        return self.first - step
-
-    def is_partial(self, step: int) -> bool:
-        """Whether the tile visited at `step` needs masking."""
-        return step < self.partial
-
-
 def num_q_tiles(problem: AttentionProblem, BLOCK_M: int) -> int:
     """Q tiles of one head, the last one possibly short."""
     return -(-problem.seqlen_q // BLOCK_M)
 
 
-def kv_tiles(problem: AttentionProblem, m_block: int, BLOCK_M: int, BLOCK_N: int) -> KVWalk:
+def kv_tiles(problem: AttentionProblem, m_block: int, BLOCK_M: int, BLOCK_N: int, batch: int = 0) -> KVWalk:
     """The KV tiles that Q tile `m_block` of a head visits: those with at least one allowed pair, last to first.
 
     A tile is partial if a row of the Q tile below `seqlen_q` does not see a column of it, the columns past `seqlen_k`
-    included. Both masks see a prefix of the keys that grows with the row, so partial tiles always come first.
-    Raises ValueError if there is no such Q tile.
+    included. Raises ValueError if there is no such Q tile.
     """
     first_row = m_block * BLOCK_M
     if not 0 <= first_row < problem.seqlen_q:
         raise ValueError(f"m_block {m_block} with BLOCK_M {BLOCK_M} is outside of seqlen_q {problem.seqlen_q}")
-    last_row = min(first_row + BLOCK_M, problem.seqlen_q) - 1
-    mask = problem.mask_rule
-    count = -(-mask.stop(last_row, problem.seqlen_q, problem.seqlen_k) // BLOCK_N)
-    whole = mask.stop(first_row, problem.seqlen_q, problem.seqlen_k) // BLOCK_N
-    return KVWalk(first=count - 1, count=count, partial=count - whole)
+    rows = range(first_row, min(first_row + BLOCK_M, problem.seqlen_q))
+    return problem.mask_rule.walk(rows, BLOCK_N, problem.seqlen_q, problem.seqlen_k, batch)
 
 
 def flops_executed(problem: AttentionProblem, BLOCK_M: int, BLOCK_N: int) -> int:
@@ -247,15 +229,19 @@ def flops_executed(problem: AttentionProblem, BLOCK_M: int, BLOCK_N: int) -> int
 
     Takes one step per Q tile of a head.
     """
-    tiles = sum(kv_tiles(problem, m, BLOCK_M, BLOCK_N).count for m in range(num_q_tiles(problem, BLOCK_M)))
-    return problem.batch * problem.heads_q * tiles * 2 * BLOCK_M * BLOCK_N * (problem.head_dim + problem.head_dim_v)
+    blocks = range(num_q_tiles(problem, BLOCK_M))
+    tiles = problem._of_all_entries(lambda b: sum(kv_tiles(problem, m, BLOCK_M, BLOCK_N, b).count for m in blocks))
+    return problem.heads_q * tiles * 2 * BLOCK_M * BLOCK_N * (problem.head_dim + problem.head_dim_v)
 
 
-def allowed(problem: AttentionProblem, rows: NDArray[np.integer], cols: NDArray[np.integer]) -> NDArray[np.bool_]:
+def allowed(
+    problem: AttentionProblem, rows: NDArray[np.integer], cols: NDArray[np.integer], batch: int = 0
+) -> NDArray[np.bool_]:
     """Boolean (len(rows), len(cols)): may query `rows[i]` see key `cols[j]`? Both are 1-D.
 
-    Columns >= seqlen_k are never allowed. Rows >= seqlen_q, which pad the last Q tile, follow the mask's formula.
+    Columns >= seqlen_k are never allowed. Rows >= seqlen_q, which pad the last Q tile, see what the last row sees.
     """
     import numpy as np
 
-    return problem.mask_rule.allowed(np.asarray(rows), np.asarray(cols), problem.seqlen_q, problem.seqlen_k)
+    rows = np.minimum(np.asarray(rows), problem.seqlen_q - 1)
+    return problem.mask_rule.allowed(rows, np.asarray(cols), problem.seqlen_q, problem.seqlen_k, batch)

@@ -71,7 +71,7 @@ def simulate(
     seqlen_k: Annotated[str | None, number_option("--seqlen-k", help="Keys of a sequence; as many as queries.")] = None,
     head_dim: Annotated[str | None, number_option("--head-dim", help="Of Q and K.")] = None,
     head_dim_v: Annotated[str | None, number_option("--head-dim-v", help="Of V; as of K.")] = None,
-    mask: Annotated[str, typer.Option(metavar="MASK", help="full or causal.")] = "full",
+    mask: Annotated[str, typer.Option(metavar="MASK", help="As `flashsim schedules` lists them.")] = "full",
     dropout: Annotated[str | None, number_option("--dropout", help="Probability.")] = None,
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="fp16 or bf16.")] = "fp16",
     direction: Annotated[str, typer.Option(metavar="DIRECTION", help="fwd.")] = "fwd",

@@ -19,7 +19,7 @@ from flashsim.machine.grid import WorkTiles, tile_count
 from flashsim.machine.memory import SHARED_TENSORS, Key, PrivateMemory, SharedMemory
 from flashsim.machine.options import Options
 from flashsim.machine.pace import WINDOW, Mark, Pace
-from flashsim.machine.probe import Probe, TileClass
+from flashsim.machine.probe import STREAMED, Probe, TileClass
 from flashsim.machine.sm import UNITS
 from flashsim.machine.tiles import Coordinates
 from flashsim.problem import AttentionProblem
@@ -117,8 +117,7 @@ class FastSimulation:
         k, p = self.kernel, self.problem
         per_sm = fit(k, p, self.device).ctas_per_sm
         probe = self._probe = Probe(self.device, self.clock_mhz, k, p)
-        blocks = range(-(-p.seqlen_q // k.BLOCK_M))
-        total = sum(probe.class_of(m).count for m in blocks) * p.heads_q * p.batch
+        total = probe.kv_tiles
         # Work tiles that have nothing in common can be taken together: their traffic just adds up.
         common = k.grid.launch != "cta" or not probe.tensors.isdisjoint(SHARED_TENSORS)
         chunks = MAX_CHUNKS_OF_STREAM if k.library else MAX_CHUNKS
@@ -170,9 +169,10 @@ class FastSimulation:
         pending: deque[_Due] = deque()
         yield from cta.go_on(asked)
         for where in source:
-            tile = self._probe.class_of(where[0])
+            m_block, _, batch = where
+            tile, walk = self._probe.class_of(m_block, batch), self._probe.walk_at(m_block, batch)
             self._done[tile] = self._done.get(tile, 0) + self._together
-            course = self._pace.course(before, tile)
+            course = self._pace.course(before, tile, walk.blocks[-1] if walk.blocks else 0)
             before = (*before, tile)[-WINDOW:]
             arrivals: dict[int, int] = {}
             new = [_Due(asked + mark.time, mark, where, arrivals) for mark in course.marks]
@@ -201,7 +201,11 @@ class FastSimulation:
         tensor, stored = mark.what
         common = tensor in SHARED_TENSORS
         row, head = (0, head // self.problem.heads_per_kv) if common else (m_block, head)
-        key: Key = (tensor, batch, head, row, mark.piece.block)
+        block = 0
+        if tensor in STREAMED:
+            piece, chunk = mark.piece, self._pace.chunk
+            block = self._probe.walk_at(m_block, batch).block(piece.item + piece.items - 1) // chunk
+        key: Key = (tensor, batch, head, row, block)
         if stored:
             return self._memory.write(key, mark.piece.size_byte)
         return self._memory.fetch(key, mark.piece.size_byte, self.kernel.cluster if common else 1)

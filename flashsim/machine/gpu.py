@@ -18,15 +18,15 @@ from flashsim.machine.memory import PrivateMemory, SharedMemory
 from flashsim.machine.options import EVENTS_PER_KV_TILE, Options
 from flashsim.machine.shared_hbm import SharedHbm
 from flashsim.machine.sm import SM, UNITS
-from flashsim.machine.tiles import Coordinates, walk_of
+from flashsim.machine.tiles import Coordinates
 from flashsim.problem import AttentionProblem, num_q_tiles
 from flashsim.schedules.base import Kernel
 
 
 def event_limit(kernel: Kernel, problem: AttentionProblem) -> int:
     """Events that no run of `kernel` takes that comes to its end."""
-    tiles = sum(1 + walk_of(kernel, problem, m).count for m in range(num_q_tiles(problem, kernel.BLOCK_M)))
-    return EVENTS_PER_KV_TILE * tiles * problem.heads_q * problem.batch
+    longest = -(-problem.seqlen_k // kernel.BLOCK_N)
+    return EVENTS_PER_KV_TILE * (1 + longest) * num_q_tiles(problem, kernel.BLOCK_M) * problem.heads_q * problem.batch
 
 
 @dataclass

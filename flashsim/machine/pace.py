@@ -40,8 +40,6 @@ class Piece(NamedTuple):
     item: int
     """The first of these KV tiles in the order in which they are visited."""
     items: int
-    block: int
-    """The lowest block of keys."""
     size_byte: int
 
 
@@ -89,22 +87,22 @@ class Pace:
         self.chunk = chunk
         self._one_each = probe.kernel.grid.launch == "cta"
         self._base: dict[TileClass, tuple[int, int, int]] = {}
-        self._courses: dict[tuple[tuple[TileClass, ...], TileClass], Course] = {}
-        self._parts: dict[tuple[str, TileClass], list[Piece]] = {}
+        self._courses: dict[tuple[tuple[TileClass, ...], TileClass, int], Course] = {}
+        self._parts: dict[tuple[str, TileClass, int], list[Piece]] = {}
         self._slacks: dict[tuple[What, bool, int], tuple[int, int]] = {}
         self._shares: dict[int, tuple[int, int]] = {}
         tile = probe.typical
-        self._sample = tile._replace(count=min(tile.count, SAMPLE), partial=min(tile.partial, SAMPLE))
+        self._sample = tile._replace(count=min(tile.count, SAMPLE), partial=min(tile.partial, SAMPLE), partial_end=0)
 
     # Long loops.
 
     def fold(self, tile: TileClass) -> tuple[TileClass, int, int]:
         """(a short tile of the same kind, ticks that `tile` takes longer, KV tiles that it is longer)."""
-        kind = tile._replace(count=0)
+        kind = _kind(tile)
         if kind not in self._base:
-            self._base[kind] = self._steady(tile)
+            self._base[kind] = self._steady(kind)
         length, period, duration = self._base[kind]
-        periods = max(0, (tile.count - length) // period)
+        periods = max(0, (tile.count - tile.partial_end - length) // period)
         return tile._replace(count=tile.count - periods * period), periods * duration, periods * period
 
     def _steady(self, tile: TileClass) -> tuple[int, int, int]:
@@ -123,19 +121,19 @@ class Pace:
 
     # The course of a work tile.
 
-    def course(self, before: tuple[TileClass, ...], tile: TileClass) -> Course:
-        """Of `tile`, after the tiles `before` in the same CTA."""
-        tiles = tuple(self.fold(t)[0] for t in (*before[-WINDOW:], tile))
-        if (tiles, tile) not in self._courses:
-            self._courses[tiles, tile] = self._course(tiles, tile)
-        return self._courses[tiles, tile]
+    def course(self, before: tuple[TileClass, ...], tile: TileClass, lowest: int) -> Course:
+        """Of `tile`, whose lowest block of keys is `lowest`, after the tiles `before` in the same CTA."""
+        tiles, offset = tuple(self.fold(t)[0] for t in (*before[-WINDOW:], tile)), lowest % self.chunk
+        if (tiles, tile, offset) not in self._courses:
+            self._courses[tiles, tile, offset] = self._course(tiles, tile, offset)
+        return self._courses[tiles, tile, offset]
 
-    def _course(self, tiles: tuple[TileClass, ...], tile: TileClass) -> Course:
-        """Of `tile`; `tiles` are those before it and itself, shortened."""
+    def _course(self, tiles: tuple[TileClass, ...], tile: TileClass, offset: int) -> Course:
+        """Of `tile`; `tiles` are those before it and itself, shortened; `offset` is where in a chunk its keys begin."""
         _, longer, more = self.fold(tile)
         trace = self.probe.run(tiles)
         start = trace.asks[len(tiles) - 1]
-        length, period, duration = self._base[tile._replace(count=0)]
+        length, period, duration = self._base[_kind(tile)]
         split = length - MARGIN - period + 1
 
         def when(times: dict[int, int], item: int) -> int:
@@ -149,7 +147,7 @@ class Pace:
         marks: list[Mark] = []
         for what, times in trace.moves[len(tiles) - 1].items():
             expected = 0 if what.stored or what.tensor in SHARED_TENSORS else self.probe.miss
-            for piece in self._pieces(what.tensor, tile):
+            for piece in self._pieces(what.tensor, tile, offset):
                 if what.tensor in STREAMED:
                     at = when(times, piece.item)
                 else:  # once: loads are at the start of a work tile, stores at its end
@@ -163,24 +161,23 @@ class Pace:
         course = Course(tuple(marks), end if self._one_each else trace.asks[len(tiles)] - start + longer, end)
         return course if self.together == 1 else course.times(self.together)
 
-    def _pieces(self, tensor: str, tile: TileClass) -> list[Piece]:
+    def _pieces(self, tensor: str, tile: TileClass, offset: int) -> list[Piece]:
         """The parts of `tensor` that are taken together, in the order of the KV tiles."""
-        if (tensor, tile) not in self._parts:
-            self._parts[tensor, tile] = self._divide(tensor, tile)
-        return self._parts[tensor, tile]
+        key = (tensor, tile, offset)
+        if key not in self._parts:
+            self._parts[key] = self._divide(tensor, tile, offset)
+        return self._parts[key]
 
-    def _divide(self, tensor: str, tile: TileClass) -> list[Piece]:
+    def _divide(self, tensor: str, tile: TileClass, offset: int) -> list[Piece]:
         work = self.probe.work_tile(tile)
         if tensor not in STREAMED:
-            return [Piece(0, 1, 0, getattr(work, tensor).size_byte)]
+            return [Piece(0, 1, getattr(work, tensor).size_byte)]
         pieces = []
         item = 0
         while item < tile.count:
-            block = work.block(item)
-            lowest = block // self.chunk * self.chunk
-            items = block - lowest + 1
+            items = min((tile.count - 1 - item + offset) % self.chunk + 1, tile.count - item)
             first: HbmTile = getattr(work, tensor)(item)
-            pieces.append(Piece(item, items, lowest, first.size_byte + (items - 1) * first.full_byte))
+            pieces.append(Piece(item, items, first.size_byte + (items - 1) * first.full_byte))
             item += items
         return pieces
 
@@ -231,7 +228,7 @@ class Pace:
     def _beside(self, ctas: int, offset: int) -> float:
         """Ticks of a KV tile of each of `ctas` CTAs in long loops that start `offset` ticks apart, while all work."""
         tile = self.probe.typical
-        tile = tile._replace(count=max(4, min(tile.count, LENGTHS[0])), partial=0)
+        tile = tile._replace(count=max(4, min(tile.count, LENGTHS[0])), partial=0, partial_end=0)
         walks = self.probe.run([tile] * ctas, ctas, offset).walks
         first, last = max(walk[0] for walk in walks), min(walk[-1] for walk in walks)
         inner = [[time for time in walk if first <= time <= last] for walk in walks]
@@ -249,6 +246,11 @@ class Pace:
             return base
         longer = self.probe.run([short._replace(count=short.count + 1)]).busy
         return {unit: base[unit] + (longer[unit] - base[unit]) * more for unit in base}
+
+
+def _kind(tile: TileClass) -> TileClass:
+    """What decides from where on, and how, the loop of `tile` repeats itself."""
+    return tile._replace(count=0, partial_end=0)
 
 
 def _periodic_from(gaps: list[int], period: int) -> int:

@@ -7,7 +7,7 @@ work tiles can differ; a probe runs a handful of them, shortened, through the re
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from flashsim.machine.memory import Key, PrivateMemory
 from flashsim.machine.options import EVENTS_PER_KV_TILE, Options
 from flashsim.machine.sm import SM, UNITS
 from flashsim.machine.tiles import Shortened, WorkTile, walk_of
-from flashsim.problem import AttentionProblem, KVWalk, num_q_tiles
+from flashsim.masks import KVWalk
+from flashsim.problem import AttentionProblem, num_q_tiles
 from flashsim.schedules.base import Kernel
 
 STREAMED = {"K": 3, "V": 3, "S": 4, "P": 4}
@@ -33,11 +34,13 @@ class TileClass(NamedTuple):
 
     count: int  # type: ignore[assignment] # of KV tiles, not tuple.count
     partial: int
-    """How many of them need masking."""
+    """How many of the first ones need masking."""
     short_q: bool
     """Its query rows end with the problem's."""
     short_k: bool
     """The first KV tile that it visits ends with the keys."""
+    partial_end: int = 0
+    """How many of the last ones need masking, too."""
 
 
 class What(NamedTuple):
@@ -80,27 +83,49 @@ class Probe:
         self.kernel = kernel
         self.problem = problem
         self.events = 0
-        self._long = replace(problem, seqlen_k=problem.seqlen_k + ROOM * kernel.BLOCK_N)
+        # A work tile of a probe says itself what it visits, and what of that needs masking.
+        self._long = replace(problem, seqlen_k=problem.seqlen_k + ROOM * kernel.BLOCK_N, mask="full")
         self._blocks = num_q_tiles(problem, kernel.BLOCK_M)
         self._traces: dict[Any, Trace] = {}
-        self._classes: dict[int, TileClass] = {}
+        self._walks: dict[tuple[int, int], KVWalk] = {}
+        self._classes: dict[tuple[int, int], TileClass] = {}
 
-    def class_of(self, m_block: int) -> TileClass:
-        """The class of query block `m_block` of every head."""
-        if m_block not in self._classes:
+    def walk_at(self, m_block: int, batch: int) -> KVWalk:
+        """The KV tiles of query block `m_block` of every head of a batch entry."""
+        key = (m_block, batch if self.problem.mask_rule.by_batch else 0)
+        if key not in self._walks:
+            self._walks[key] = walk_of(self.kernel, self.problem, m_block, batch)
+        return self._walks[key]
+
+    def class_of(self, m_block: int, batch: int) -> TileClass:
+        """The class of query block `m_block` of every head of a batch entry."""
+        key = (m_block, batch if self.problem.mask_rule.by_batch else 0)
+        if key not in self._classes:
             p, k = self.problem, self.kernel
-            walk = walk_of(k, p, m_block)
+            walk = self.walk_at(m_block, batch)
             short_q = (m_block + 1) * k.BLOCK_M > p.seqlen_q
             short_k = (walk.first + 1) * k.BLOCK_N > p.seqlen_k
-            self._classes[m_block] = TileClass(walk.count, walk.partial, short_q, short_k)
-        return self._classes[m_block]
+            self._classes[key] = TileClass(walk.count, walk.partial, short_q, short_k, walk.partial_end)
+        return self._classes[key]
+
+    def all_classes(self) -> Iterator[TileClass]:
+        """Of each query block of one head of each batch entry."""
+        entries = self.problem.batch if self.problem.mask_rule.by_batch else 1
+        for batch in range(entries):
+            for m_block in range(self._blocks):
+                yield self.class_of(m_block, batch)
+
+    @property
+    def kv_tiles(self) -> int:
+        """KV tiles of the whole grid."""
+        entries = 1 if self.problem.mask_rule.by_batch else self.problem.batch
+        return sum(tile.count for tile in self.all_classes()) * self.problem.heads_q * entries
 
     @property
     def typical(self) -> TileClass:
         """The longest class of the kind that has most KV tiles."""
         total: Counter[TileClass] = Counter()
-        for m_block in range(self._blocks):
-            tile = self.class_of(m_block)
+        for tile in self.all_classes():
             total[tile._replace(count=0)] += tile.count
         (kind, _), *_ = total.most_common(1)
         return max(tile for tile in self._classes.values() if tile._replace(count=0) == kind)
@@ -109,14 +134,14 @@ class Probe:
     def tensors(self) -> set[str]:
         """What a work tile loads or stores."""
         tile = self.typical
-        trace = self.run([tile._replace(count=min(tile.count, 2), partial=min(tile.partial, 2))])
+        trace = self.run([tile._replace(count=min(tile.count, 2), partial=min(tile.partial, 2), partial_end=0)])
         return {what.tensor for what in trace.moves[0]}
 
     def work_tile(self, tile: TileClass) -> WorkTile:
         """A work tile of this class."""
         m_block = self._blocks - 1 if tile.short_q else 0
-        walk = KVWalk(tile.count - 1, tile.count, tile.partial)
-        return WorkTile(self.problem, self.kernel, Shortened((m_block, 0, 0), walk), 0, 0)
+        first = -(-self.problem.seqlen_k // self.kernel.BLOCK_N) - 1 if tile.short_k else tile.count - 1
+        return WorkTile(self.problem, self.kernel, Shortened((m_block, 0, 0), _walk(tile, first)), 0, 0)
 
     def run(self, tiles: Sequence[TileClass], slots: int = 1, offset: int = 0, late: Late | None = None) -> Trace:
         """Run `tiles` one after the other, on `slots` CTAs at a time that start `offset` ticks apart.
@@ -169,7 +194,12 @@ class Probe:
         m_block = self._blocks - 1 if tile.short_q else 0
         last = -(-self._long.seqlen_k // self.kernel.BLOCK_N) - 1
         first = last if tile.short_k else tile.count - 1
-        return Shortened((m_block, 0, number), KVWalk(first, tile.count, tile.partial))
+        return Shortened((m_block, 0, number), _walk(tile, first))
+
+
+def _walk(tile: TileClass, first: int) -> KVWalk:
+    """A walk of this class over blocks that follow each other, from `first` down."""
+    return KVWalk(range(first, first - tile.count, -1), tile.partial, tile.partial_end)
 
 
 class _WatchedMemory(PrivateMemory):

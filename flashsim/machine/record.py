@@ -176,4 +176,4 @@ class Record:
         rows, columns = scores.shape
         first_row = tile.row0 + self.agent.index * rows
         first_column = tile.block(j) * columns
-        return allowed(self.agent.problem, first_row + np.arange(rows), first_column + np.arange(columns))
+        return allowed(self.agent.problem, first_row + np.arange(rows), first_column + np.arange(columns), tile.batch)

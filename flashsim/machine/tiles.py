@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from flashsim.machine.buffers import ELEMENT_BYTES
-from flashsim.problem import AttentionProblem, KVWalk, kv_tiles
+from flashsim.masks import KVWalk
+from flashsim.problem import AttentionProblem, kv_tiles
 from flashsim.schedules.base import Kernel
 
 Coordinates = tuple[int, int, int]
@@ -109,13 +110,13 @@ class HbmTile:
         return f"{self.tensor}(batch {self.batch}, head {self.head}, rows {row} to {row + rows - 1}{which})"
 
 
-def walk_of(kernel: Kernel, problem: AttentionProblem, m_block: int) -> KVWalk:
-    """The KV tiles that `kernel` visits for query block `m_block`, the partial ones first."""
-    walk = kv_tiles(problem, m_block, kernel.BLOCK_M, kernel.BLOCK_N)
+def walk_of(kernel: Kernel, problem: AttentionProblem, m_block: int, batch: int = 0) -> KVWalk:
+    """The KV tiles that `kernel` visits for query block `m_block` of a head of this batch entry."""
+    walk = kv_tiles(problem, m_block, kernel.BLOCK_M, kernel.BLOCK_N, batch)
     if not kernel.dense:
         return walk
-    count = -(-problem.seqlen_k // kernel.BLOCK_N)
-    return KVWalk(count - 1, count, walk.partial + count - walk.count)
+    every = range(-(-problem.seqlen_k // kernel.BLOCK_N))
+    return KVWalk.of(dict.fromkeys(every, True) | dict(walk))
 
 
 class WorkTile:
@@ -140,7 +141,7 @@ class WorkTile:
             (self.m_block, self.head, self.batch), self._walk = where
         else:
             self.m_block, self.head, self.batch = where
-            self._walk = walk_of(kernel, p, self.m_block)
+            self._walk = walk_of(kernel, p, self.m_block, self.batch)
         self.block_n = kernel.BLOCK_N
         self.row0 = self.m_block * kernel.BLOCK_M
         self.index = index
@@ -167,7 +168,7 @@ class WorkTile:
 
     def block(self, j: int) -> int:
         """Which block of keys KV tile j is."""
-        return self._walk.first - (j - self.first)
+        return self._walk.block(j - self.first)
 
     def K(self, j: int) -> HbmTile:  # noqa: N802 - the paper's name
         return self._keys("K", j, self.problem.head_dim)
@@ -182,7 +183,7 @@ class WorkTile:
         return self._scores("P", j)
 
     def partial(self, j: int) -> bool:
-        return j - self.first < self._walk.partial
+        return self._walk.is_partial(j - self.first)
 
     def __str__(self) -> str:
         return f"query block {self.m_block} of head {self.head}, batch {self.batch}"

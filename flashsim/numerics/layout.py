@@ -84,11 +84,13 @@ def check_inputs(q: ArrayLike, k: ArrayLike, v: ArrayLike, scale: float | None) 
 def pieces(inputs: Inputs, mask: str) -> Iterator[Piece]:
     """All rows of all heads, a piece at a time; query head h reads KV head h // (Hq / Hkv).
 
-    Raises InputError if `mask` is not one that exists.
+    Raises InputError if `mask` is not one that exists, or does not go with the sizes.
     """
     rule = parse_mask(mask)
     batch, seqlen_q, heads_q, _ = inputs.q.shape
     seqlen_k, heads_kv = inputs.k.shape[1:3]
+    if complaints := rule.complaints(batch, seqlen_q, seqlen_k):
+        raise InputError([f"mask: {line}" for line in complaints])
     step = max(1, MAX_SCORES // max(1, seqlen_k))
     cols = np.arange(seqlen_k)
     for b in range(batch):
@@ -96,5 +98,5 @@ def pieces(inputs: Inputs, mask: str) -> Iterator[Piece]:
             kv = h // (heads_q // heads_kv)
             for start in range(0, seqlen_q, step):
                 rows = slice(start, min(start + step, seqlen_q))
-                visible = rule.allowed(np.arange(rows.start, rows.stop), cols, seqlen_q, seqlen_k)
+                visible = rule.allowed(np.arange(rows.start, rows.stop), cols, seqlen_q, seqlen_k, b)
                 yield Piece(b, h, rows, inputs.q[b, rows, h], inputs.k[b, :, kv], inputs.v[b, :, kv], visible)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 from flashsim.errors import InputError, unknown
+from flashsim.masks import SPELLING
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.verbs import Program
 
@@ -94,7 +95,8 @@ class Schedule:
     title: ClassVar[str] = ""
     source: ClassVar[str] = ""
     directions: ClassVar[tuple[str, ...]] = ("fwd",)
-    masks: ClassVar[tuple[str, ...]] = ("full", "causal")
+    masks: ClassVar[tuple[str, ...]] = tuple(SPELLING)
+    """Kinds of masks, without their numbers."""
     dtypes: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
     architectures: ClassVar[tuple[str, ...]] = ("ampere", "ada", "hopper")
 
@@ -142,7 +144,7 @@ class Schedule:
             f"schedule {cls.name()} has no {kind} {given!r} (it has: {', '.join(has)})"
             for kind, given, has in (
                 ("direction", problem.direction, cls.directions),
-                ("mask", problem.mask, cls.masks),
+                ("mask", problem.mask.partition(":")[0], cls.masks),
                 ("dtype", problem.dtype, cls.dtypes),
             )
             if str(given) not in has

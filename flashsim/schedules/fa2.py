@@ -39,7 +39,7 @@ class Fragments:
     stats: Statistics
 
 
-def tile_size(head_dim: int, causal: bool, architecture: str) -> tuple[int, int]:
+def tile_size(head_dim: int, masked: bool, architecture: str) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N) as csrc/flash_attn/src/flash_fwd_launch_template.h has them, without dropout.
 
     Ada (sm_89), with less shared memory than Ampere and Hopper, has its own for head dims 96 to 160 and 256.
@@ -48,11 +48,11 @@ def tile_size(head_dim: int, causal: bool, architecture: str) -> tuple[int, int]
     if head_dim <= 64:
         return 128, 128
     if head_dim <= 96:
-        return (64, 64) if ada and causal else (128, 64)
+        return (64, 64) if ada and masked else (128, 64)
     if head_dim <= 128:
-        return ((64, 64) if causal else (128, 32)) if ada else (128, 64)
+        return ((64, 64) if masked else (128, 32)) if ada else (128, 64)
     if head_dim <= 160:
-        return ((64, 64) if causal else (128, 64)) if ada else (128, 32)
+        return ((64, 64) if masked else (128, 64)) if ada else (128, 32)
     if head_dim <= 192:
         return 128, 64
     return (128, 64) if architecture == "ampere" else (64, 64)

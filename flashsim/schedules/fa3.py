@@ -46,14 +46,14 @@ class Fragments:
     stats: Statistics
 
 
-def tile_size(head_dim: int, causal: bool, build: str) -> tuple[int, int, bool]:
+def tile_size(head_dim: int, masked: bool, build: str) -> tuple[int, int, bool]:
     """(BLOCK_M, BLOCK_N, P through shared memory) as hopper/tile_size.h has them; 2024-07 differs at head dim 64."""
     if head_dim <= 64:
-        return (192, 128, False) if causal or build == "2024-07" else (192, 192, True)
+        return (192, 128, False) if masked or build == "2024-07" else (192, 192, True)
     if head_dim <= 96:
-        return (192, 128, True) if causal else (192, 144, True)
+        return (192, 128, True) if masked else (192, 144, True)
     if head_dim <= 128:
-        return (128, 128, False) if causal else (128, 176, False)
+        return (128, 128, False) if masked else (128, 176, False)
     if head_dim <= 192:
         return (128, 112, False)
     return (128, 80, False)
@@ -76,8 +76,8 @@ class FA3(Schedule):
     P_in_shared: bool = switch(None, "P goes to the PV product through shared memory, not registers")
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
-        d, causal = max(problem.head_dim, problem.head_dim_v), problem.mask == "causal"
-        rows, keys, in_shared = tile_size(d, causal, self.build)
+        d, masked = max(problem.head_dim, problem.head_dim_v), problem.mask != "full"
+        rows, keys, in_shared = tile_size(d, masked, self.build)
         consumers = (self.BLOCK_M or rows) // 64
         return {
             "BLOCK_M": rows,
@@ -104,15 +104,15 @@ class FA3(Schedule):
         return lines
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
-        causal, consumers = problem.mask == "causal", self.BLOCK_M // 64
+        masked, consumers = problem.mask != "full", self.BLOCK_M // 64
         q_tiles = -(-problem.seqlen_q // self.BLOCK_M)
-        multicast = not causal and problem.head_dim >= 128 and (self.build == "2024-07" or q_tiles % 2 == 0)
+        multicast = not masked and problem.head_dim >= 128 and (self.build == "2024-07" or q_tiles % 2 == 0)
         # Registers of (consumers, producer) by the number of consumers, as the code sets them with setmaxnreg.
         limit, producer_limit = {1: (255, 56), 2: (240, 24), 3: (160, 32)}[consumers]
         # The code of 2024-07 spends a warpgroup on the producer; in both, one of its threads issues the loads.
         producer = Role("producer", self.producer, warps=4, registers_per_thread=producer_limit)
         consumer = Role("consumer", self.consumer, consumers, registers=self.registers, registers_per_thread=limit)
-        order = Grid("longest_first", "dynamic", L2_SECTION_BYTE) if causal else Grid("rows", "static")
+        order = Grid("longest_first", "dynamic", L2_SECTION_BYTE) if masked else Grid("rows", "static")
         return (
             Kernel(
                 name="fa3_fwd",

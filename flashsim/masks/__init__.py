@@ -1,0 +1,91 @@
+"""Attention masks: which keys a query sees, as text in the spelling of the files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from flashsim.errors import InputError, unknown
+from flashsim.masks.base import Mask
+from flashsim.masks.blocks import Butterfly, read_block_list
+from flashsim.masks.intervals import Causal, Chunked, Documents, Full, Padding, Prefix, Window
+from flashsim.masks.union import GlobalWindow
+from flashsim.masks.walk import KVWalk
+
+MAX_KEYS = 2**31 - 1
+SPELLING = {
+    "full": "full",
+    "causal": "causal",
+    "window": "window:LEFT[,RIGHT]",
+    "prefix": "prefix:N",
+    "chunked": "chunked:N",
+    "documents": "documents:LEN+LEN+...",
+    "global": "global:N+window:LEFT[,RIGHT]",
+    "blocks": "blocks:FILE",
+    "butterfly": "butterfly[:KEYS]",
+    "padding": "padding[:LEN,...]",
+}
+"""How each kind of mask is written."""
+
+__all__ = ["SPELLING", "KVWalk", "Mask", "parse_mask"]
+
+
+def parse_mask(text: object) -> Mask:
+    """The mask that `text` names. Raises InputError with one line for each mistake."""
+    if not isinstance(text, str):
+        raise InputError(f"mask: must be text, got {type(text).__name__} (allowed: {', '.join(SPELLING.values())})")
+    kind, colon, rest = text.partition(":")
+    if kind not in SPELLING:
+        raise InputError(f"mask: {unknown('mask', kind, SPELLING)}")
+    try:
+        return _READ[kind](rest if colon else None)
+    except ValueError as error:
+        raise InputError(f"mask: {text!r}: {error}; it is written {SPELLING[kind]}") from None
+
+
+def _numbers(text: str | None, separator: str, least: int, counts: range) -> list[int]:
+    """Whole numbers from `least`, as many as `counts` allows. Raises ValueError."""
+    words = [] if text is None else text.split(separator)
+    for word in words:
+        if not re.fullmatch(r"[0-9]+", word) or not least <= int(word[:12]) <= MAX_KEYS or len(word) > 10:
+            raise ValueError(f"{word[:20]!r} is not a whole number from {least} to {MAX_KEYS}")
+    if len(words) not in counts:
+        raise ValueError("a number is missing" if len(words) < counts[0] else "there are too many numbers")
+    return [int(word) for word in words]
+
+
+def _plain(mask: Mask) -> Callable[[str | None], Mask]:
+    def read(rest: str | None) -> Mask:
+        if rest is not None:
+            raise ValueError("nothing follows the name")
+        return mask
+
+    return read
+
+
+def _global(rest: str | None) -> Mask:
+    tokens, plus, window = (rest or "").partition("+window:")
+    if not plus:
+        raise ValueError("the window is missing")
+    return GlobalWindow(_numbers(tokens, ",", 0, range(1, 2))[0], Window(*_numbers(window, ",", 0, range(1, 3))))
+
+
+def _blocks(rest: str | None) -> Mask:
+    if not rest:
+        raise ValueError("the file is missing")
+    return read_block_list(rest)
+
+
+MANY = range(1, 1_000_000)
+_READ: dict[str, Callable[[str | None], Mask]] = {
+    "full": _plain(Full()),
+    "causal": _plain(Causal()),
+    "window": lambda rest: Window(*_numbers(rest, ",", 0, range(1, 3))),
+    "prefix": lambda rest: Prefix(*_numbers(rest, ",", 0, range(1, 2))),
+    "chunked": lambda rest: Chunked(*_numbers(rest, ",", 1, range(1, 2))),
+    "documents": lambda rest: Documents(tuple(_numbers(rest, "+", 1, MANY))),
+    "global": _global,
+    "blocks": _blocks,
+    "butterfly": lambda rest: Butterfly(*_numbers(rest, ",", 1, range(2))),
+    "padding": lambda rest: Padding(tuple(_numbers(rest, ",", 0, range(1_000_000)))),
+}
