@@ -1,20 +1,28 @@
 """How far a correct low-precision kernel can be from the truth, however lucky the computation it is held against.
 
-A fused kernel rounds twice in its own dtype: the unnormalized P = exp(S - m) before P V, and O at the end. Everything
-else is fp32. Write u for the dtype's unit roundoff and t for half its smallest subnormal; p is the exact softmax, l the
-exact sum of exp(S - m). Then for every element of O, to first order:
+A fused kernel rounds twice in a low dtype: the unnormalized P = exp(S - m) before P V, and O at the end. The rest is
+fp32. `error_terms.py` derives what each rounding does to the probabilities p; for every element of O it follows, with
+u and t of O's dtype as there and A = sum_c p_c |v_c|:
 
-    rounding P           e_c <= u * p_c + t / l, so at most  E = sum_c e_c |v_c|
-    rounding O           at most  R = u * |o| + t
-    scores in fp32       |dS| <= sqrt(D) * 2^-23 * scale * max_c sum_d |q_d k_cd|, and changes o by at most
-                         2 |dS| sum_c p_c |v_c|, since dp_c = p_c (dS_c - sum_b p_b dS_b)
-    exp, sums, rescaling at most  (sqrt(Sk) + 4) * 2^-23 * sum_c p_c |v_c|
+    logits      errors of at most x in S change p_c by at most p_c (1 - p_c) expm1(2 x), so o by at most
+                expm1(2 logits) sum_c p_c (1 - p_c) |v_c|
+    sums        of the numerator expm1(product) A; of l, with 3 units for reciprocal and product of the division,
+                expm1(total + 3 units) |o|
+    P           sum_c (random_c + lost_c) |v_c| =: E
+    products    one error acts on what another has changed: the three above times
+                F = exp(2 logits + product + total + 3 units)
+    O           R = u (|o| + all of the above) + t
+    largest     F (E + logits + sums) + R
 
-2^-23 is twice fp32's unit roundoff, because tensor cores truncate; square roots stand for the growth of sums of n
-roundings (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", 2019). E + R + fp32 bounds the
-largest error. For the mean that would be far too wide: roundings of the keys of a row partly cancel, with standard
-deviation at most sigma = sqrt(sum_c e_c^2 v_c^2 / 3), and so do the rows. The bound of the mean is the mean of
-min(E, sigma + E / sqrt(rows)) + R + fp32: E itself for one row, sigma for many. The LSE inherits |dS|.
+For the mean that would be far too wide: roundings of the keys of a row partly cancel. Their sum has a standard
+deviation of at most sigma = sqrt(a sum_c random_c^2 v_c^2 / 3): a third, since an error is uniform; a, the largest
+number of keys of that row which round alike. The mean of |error| over N different rows exceeds the mean of sigma by 6
+sigma / sqrt(N) with probability 2 exp(-18). So
+
+    typical     F (min(E, sum_c lost_c |v_c| + sigma (1 + 6 / sqrt(N))) + logits + sums) + R
+
+whose mean bounds the mean error, and whose root mean square that of the error. The LSE inherits `logits` and `total`,
+and 4 units of log2.
 """
 
 from __future__ import annotations
@@ -25,20 +33,51 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flashsim.errors import InputError, unknown
-from flashsim.numerics.layout import Float, check_inputs, pieces
-from flashsim.numerics.rounding import FORMATS
-
-FP32_STEP = 2.0**-23
-FEW_STEPS = 4
-"""Roundings of exp2, of its argument, of the last rescaling and of the division by l."""
+from flashsim.numerics.error_terms import DIVIDE, FP32_UNIT, LAMBDA, LOG, Terms, error_terms, fingerprints, tiny
+from flashsim.numerics.layout import Float, Piece, check_inputs, pieces
+from flashsim.numerics.rounding import FORMATS, Format
 
 
 class Bounds(NamedTuple):
-    """`o` (B, Sq, Hq, Dv) and `lse` (B, Hq, Sq) bound each error, `o_mean` the mean error over all of O."""
+    """`o` (B, Sq, Hq, Dv) and `lse` (B, Hq, Sq) bound each error, `o_mean` and `o_rms` the mean ones over all of O."""
 
     o: Float
     o_mean: float
     lse: Float
+    o_rms: float
+
+
+class ErrorsOfO(NamedTuple):
+    """What each cause adds to the error of O, (rows, Dv): the rounding of P as in the derivation, fp32, and R."""
+
+    factor: Float
+    worst: Float
+    sigma: Float
+    lost: Float
+    fp32: Float
+    stored: Float
+
+
+def errors_of_o(piece: Piece, terms: Terms, form: Format) -> ErrorsOfO:
+    """The derivation above for the rows of `piece`, whose O is stored in `form`; zero in rows that see no key."""
+    size, p = np.abs(piece.v), terms.p
+    with np.errstate(invalid="ignore", over="ignore"):
+        divided = terms.total + DIVIDE * FP32_UNIT
+        f = np.exp(2 * terms.logits + terms.product + divided)
+        o = np.abs(p @ piece.v)
+        fp32 = np.expm1(2 * terms.logits) * (p * (1 - p) @ size)
+        fp32 = f * (fp32 + np.expm1(terms.product) * (p @ size) + np.expm1(divided) * o)
+        worst = f * ((terms.random + terms.lost) @ size)
+        sigma = f * np.sqrt(terms.alike * (terms.random**2 @ piece.v**2) / 3)
+        stored = np.where(terms.seen, form.unit_roundoff * (o + worst + fp32) + tiny(form), 0.0)
+        return ErrorsOfO(f, worst, sigma, f * (terms.lost @ size), fp32, stored)
+
+
+def check_dtypes(**dtypes: str) -> None:
+    """Raises InputError with one line for each value that is no dtype."""
+    problems = [f"{name}: {unknown('dtype', given, FORMATS)}" for name, given in dtypes.items() if given not in FORMATS]
+    if problems:
+        raise InputError(problems)
 
 
 def rounding_bounds(
@@ -48,36 +87,41 @@ def rounding_bounds(
     dtype: str,
     mask: str = "full",
     scale: float | None = None,
+    *,
+    p_dtype: str | None = None,
+    p_scale: float = 1.0,
+    BLOCK_N: int = 16,
+    accumulator: float = FP32_UNIT,
 ) -> Bounds:
-    """The bounds derived above, all zero in rows that see no key. Raises InputError for arguments that do not fit."""
-    if dtype not in FORMATS:
-        raise InputError(f"dtype: {unknown('dtype', dtype, FORMATS)}")
-    u, t = FORMATS[dtype].unit_roundoff, FORMATS[dtype].tiny_roundoff
+    """The bounds derived above for a kernel with O in `dtype`; all are zero in rows that see no key.
+
+    P is multiplied by `p_scale` and rounded to `p_dtype`, by default `dtype` as it is. `BLOCK_N` is the least number of
+    keys between two rescalings; 16 is the k extent of one MMA. `accumulator` is the unit roundoff of the tensor cores'
+    sums, about 2**-14 for fp8 on Hopper (DeepSeek-V3 Technical Report, section 3.3.2). Raises InputError for arguments
+    that do not fit.
+    """
+    p_dtype = dtype if p_dtype is None else p_dtype
+    check_dtypes(dtype=dtype, p_dtype=p_dtype)
     inputs = check_inputs(q, k, v, scale)
-    batch, seqlen_q, heads_q, head_dim = inputs.q.shape
-    seqlen_k = inputs.k.shape[1]
-    worst = np.zeros((batch, seqlen_q, heads_q, inputs.v.shape[3]))  # E
-    sigma, others = np.zeros_like(worst), np.zeros_like(worst)
+    batch, seqlen_q, heads_q, _ = inputs.q.shape
+    worst = np.zeros((batch, seqlen_q, heads_q, inputs.v.shape[3]))  # E F
+    sigma, lost, others = np.zeros_like(worst), np.zeros_like(worst), np.zeros_like(worst)
     lse = np.zeros((batch, heads_q, seqlen_q))
-    rows = 0
-    if seqlen_k == 0:
-        return Bounds(worst, 0.0, lse)
+    if inputs.k.shape[1] == 0 or not worst.size:
+        return Bounds(worst, 0.0, lse, 0.0)
+    rows: set[int] = set()
     for piece in pieces(inputs, mask):
         at = (piece.batch, piece.rows, piece.head)
-        seen = np.any(piece.allowed, axis=1, keepdims=True)
-        rows += int(np.sum(seen))
-        with np.errstate(invalid="ignore", over="ignore"):
-            s = np.where(piece.allowed, piece.q @ piece.k.T * inputs.scale, -np.inf)
-            exp = np.exp(s - np.where(seen, s.max(axis=1, keepdims=True), 0.0))
-            total = np.where(seen, exp.sum(axis=1, keepdims=True), 1.0)
-            p = exp / total
-            e = np.where(piece.allowed, u * p + t / total, 0.0)
-            magnitude = np.where(piece.allowed, np.abs(piece.q) @ np.abs(piece.k).T, 0.0).max(axis=1, keepdims=True)
-            ds = head_dim**0.5 * FP32_STEP * abs(inputs.scale) * magnitude
-            fp32 = (2 * ds + (seqlen_k**0.5 + FEW_STEPS) * FP32_STEP) * (p @ np.abs(piece.v))
-            worst[at] = e @ np.abs(piece.v)
-            sigma[at] = np.sqrt(e**2 @ piece.v**2 / 3)
-            others[at] = np.where(seen, u * np.abs(p @ piece.v) + t, 0.0) + fp32
-        lse[piece.batch, piece.head, piece.rows] = ds[:, 0]
-    mean = float(np.mean(np.minimum(worst, sigma + worst / max(1, rows) ** 0.5) + others)) if worst.size else 0.0
-    return Bounds(worst + others, mean, lse)
+        terms = error_terms(piece, inputs.scale, FORMATS[p_dtype], p_scale, BLOCK_N, accumulator)
+        rows.update(fingerprints(terms.steps[terms.seen[:, 0]]).tolist())
+        errors = errors_of_o(piece, terms, FORMATS[dtype])
+        worst[at], sigma[at], lost[at], others[at] = (
+            errors.worst,
+            errors.sigma,
+            errors.lost,
+            errors.fp32 + errors.stored,
+        )
+        bound = terms.logits + terms.total + LOG * FP32_UNIT
+        lse[piece.batch, piece.head, piece.rows] = np.where(terms.seen, bound, 0.0)[:, 0]
+    typical = np.minimum(worst, lost + sigma * (1 + LAMBDA / max(1, len(rows)) ** 0.5)) + others
+    return Bounds(worst + others, float(np.mean(typical)), lse, float(np.mean(typical**2)) ** 0.5)

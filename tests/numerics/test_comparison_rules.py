@@ -6,13 +6,13 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from flashsim.errors import InputError
 from flashsim.numerics.bounds import rounding_bounds
-from flashsim.numerics.compare import compare_exact, compare_rounded
+from flashsim.numerics.compare import Clause, Comparison, compare_exact, compare_rounded, forward_clauses
 from flashsim.numerics.eager import eager_attention
 from flashsim.numerics.reference import attention_reference
 from flashsim.numerics.rounding import round_to
@@ -149,19 +149,17 @@ def cases(draw: st.DrawFn) -> tuple[Case, int]:
 
 
 @given(cases())
-@settings(max_examples=150, deadline=None)
 def test_a_correct_kernel_is_accepted(drawn: tuple[Case, int]) -> None:
     """And stays within the bounds element by element, which is what they claim."""
     case, BLOCK_N = drawn
     o, lse = fused(case, BLOCK_N)
     result = case.judge(o, lse)
     assert result.accepted, result
-    bounds = rounding_bounds(case.q, case.k, case.v, case.dtype, case.mask)
-    assert (np.abs(o - case.reference()[0]) <= bounds.o * (1 + 1e-6)).all()
+    bounds = rounding_bounds(*case, BLOCK_N=BLOCK_N)
+    assert (np.abs(o - case.reference()[0]) <= bounds.o).all()
 
 
 @given(cases())
-@settings(max_examples=60, deadline=None)
 def test_eager_and_exact_results_are_accepted(drawn: tuple[Case, int]) -> None:
     case, _ = drawn
     o, lse = case.reference()
@@ -280,7 +278,7 @@ def test_lse_of_scores_that_cancel() -> None:
     lse_ref = case.reference()[1]
     assert (np.abs(lse - lse_ref) > 1e-5 * np.maximum(1, np.abs(lse_ref))).any()
     assert case.judge(o, lse).accepted
-    assert not case.judge(o, lse + 0.01).accepted
+    assert not case.judge(o, lse + 0.02).accepted
 
 
 def test_bounds_cover_probabilities_that_underflow() -> None:
@@ -332,7 +330,19 @@ def test_empty_tensors(sizes: tuple[int, int, int]) -> None:
     assert case.judge(o, lse) == compare_exact(o, lse, o, lse, case.v) == Functional(0.0, 0.0, 0.0, accepted=True)
 
 
-def test_bounds_refuse_an_unknown_dtype() -> None:
+def test_bounds_refuse_unknown_dtypes() -> None:
     one = np.ones((1, 1, 1, 1))
-    with pytest.raises(InputError, match="unknown dtype 'fp61', did you mean 'fp16'"):
-        rounding_bounds(one, one, one, "fp61")
+    with pytest.raises(InputError, match="unknown dtype 'fp61', did you mean 'fp16'") as caught:
+        rounding_bounds(one, one, one, "fp61", p_dtype="e4m4")
+    assert [problem.partition(":")[0] for problem in caught.value.problems] == ["dtype", "p_dtype"]
+
+
+def test_a_comparison_says_what_is_broken() -> None:
+    case = normal_case()
+    exact, eager, bounds = case.reference(), eager_attention(*case), rounding_bounds(*case)
+    result = Comparison(forward_clauses(exact[0], exact[1] + 1e-3, *exact, eager, bounds))
+    assert not result.accepted
+    (broken,) = result.broken
+    assert broken.what == "LSE: error / tolerance"
+    assert broken.value > broken.limit == 1
+    assert result.clauses[0] == Clause("O: largest error", 0.0, result.clauses[0].limit)

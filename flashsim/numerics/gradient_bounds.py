@@ -1,0 +1,195 @@
+"""How far the gradients of a correct low-precision kernel can be from the truth.
+
+FlashAttention-2's backward pass (algorithm 2) rounds to its dtype: O, which it is given; P, for dV = P^T dO; dS, for
+dQ = scale dS K and dK = scale dS^T Q; and the results. P = exp(S - LSE) from the stored LSE, dP = dO V^T,
+D = rowsum(dO * O) and dS = P * (dP - D) are fp32. With the terms of `error_terms.py`, u and t of the dtype:
+
+    P           relative error at most eps = expm1(2 logits + total + (4 + 2 |LSE|) units): S anew, and the stored LSE
+    D           O's error is sum_c e_c v_c for roundings e of P, so it changes D by sum_c e_c dP_c; that of storing O by
+                sum_d |dO_d| R_d; fp32 errors of O likewise; and gamma(Dv) of its own sum
+    dS          fp32: eps |dS| + (1 + eps) p (gamma(Dv) sum_d |dO_d v_d| + 3 units (|dP| + |D|)), and (1 + eps) p |D's|;
+                rounding: u |dS| + t
+    dQ          dS times |K|, but D's error is one number per row: times |sum_c p_c K_c| only; gamma(n, a) of the sum
+    dK, dV      the same over the rows that see the key, of all heads of a group; for dV P's rounding u p + t, and eps p
+    results     u |g| + t; for dK and dV once for each head, too, since flash-attn sums heads that it has rounded
+
+As in `bounds.py`, that is the largest error; for the typical one, roundings of P, O and dS have standard deviations:
+sqrt(a / 3) times their root of squares, times 1 + 6 / sqrt(N) for the mean over N different rows or keys. Where a row
+has equal neighbors a counts them for dK and dV. No number may leave the dtype's range.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from flashsim.numerics.bounds import check_dtypes, errors_of_o
+from flashsim.numerics.error_terms import (
+    ALIKE,
+    FP32_UNIT,
+    LAMBDA,
+    LOG,
+    Terms,
+    equal_factors,
+    error_terms,
+    fingerprints,
+    gamma,
+    most_alike,
+    tiny,
+)
+from flashsim.numerics.gradients import Gradients, check_do, sum_groups
+from flashsim.numerics.layout import Float, Piece, check_inputs, pieces
+from flashsim.numerics.rounding import FORMATS, Format
+
+AROUND = 3
+"""fp32 units: dP - D, its product with P, and the scale."""
+
+
+class GradientBounds(NamedTuple):
+    """`largest` bounds each element's error, `mean` the mean error of dq, dk and dv."""
+
+    largest: Gradients
+    mean: tuple[float, float, float]
+
+
+class _Sum:
+    """Errors of one gradient, summed over pieces: `random` at most, its standard deviation, and what has one sign."""
+
+    def __init__(self, *shape: int) -> None:
+        self.exact, self.random, self.sigma, self.fixed = (np.zeros(shape) for _ in range(4))
+
+    def add(self, at: tuple[int, slice, int], exact: Float, random: Float, variance: Float, fixed: Float) -> None:
+        self.exact[at] += exact
+        self.random[at] += random
+        # Errors of several pieces, or of heads, may be equal: standard deviations add up, not variances.
+        self.sigma[at] += np.sqrt(variance)
+        self.fixed[at] += fixed
+
+    def store(self, form: Format) -> None:
+        """Round the result to `form`, where there is any."""
+        size = np.abs(self.exact) + self.random + self.fixed
+        self.fixed += np.where(size > 0, form.unit_roundoff * size + tiny(form), 0.0)
+
+    def sum_groups(self, heads_kv: int) -> None:
+        self.exact, self.random, self.sigma, self.fixed = (
+            sum_groups(x, heads_kv) for x in (self.exact, self.random, self.sigma, self.fixed)
+        )
+
+    def typical(self, different: int) -> float:
+        """Bound of the mean error, when `different` rows or keys have different errors."""
+        random = np.minimum(self.random, self.sigma * (1 + LAMBDA / max(1, different) ** 0.5))
+        return float(np.mean(random + self.fixed)) if random.size else 0.0
+
+
+class _Errors(NamedTuple):
+    """Of dS (rows, keys), before it is rounded: fp32, and D's as its largest and typical random part and the rest."""
+
+    ds: Float
+    fp32: Float
+    weight: Float
+    eps: Float
+    d_random: Float
+    d_sigma: Float
+    d_fixed: Float
+
+
+def _errors_of_ds(piece: Piece, do: Float, terms: Terms, form: Format) -> _Errors:
+    of_o = errors_of_o(piece, terms, form)
+    lse = np.abs(np.where(terms.seen, terms.lse, 0.0))
+    eps = np.where(terms.seen, np.expm1(2 * terms.logits + terms.total + (LOG + 2 * lse) * FP32_UNIT), 0.0)
+    dp, o, size = do @ piece.v.T, terms.p @ piece.v, np.abs(do)
+    d = np.sum(do * o, axis=1, keepdims=True)
+    ds, weight = terms.p * (dp - d), (1 + eps) * terms.p
+
+    with np.errstate(divide="ignore"):
+        alike_o = most_alike(np.rint(np.log(np.abs(o)) / (ALIKE * form.unit_roundoff)))
+    variance_p = terms.alike * np.sum((of_o.factor * terms.random * dp) ** 2, axis=1, keepdims=True)
+    variance_o = alike_o * np.sum((do * of_o.stored) ** 2, axis=1, keepdims=True)
+    d_random = np.sum(of_o.factor * terms.random * np.abs(dp), axis=1, keepdims=True)
+    d_random += np.sum(size * of_o.stored, axis=1, keepdims=True)
+    d_sum = gamma(do.shape[1], most_alike(size)) * FP32_UNIT
+    d_fixed = np.sum(size * (of_o.fp32 + d_sum * (np.abs(o) + of_o.worst + of_o.stored)), axis=1, keepdims=True)
+    d_fixed += np.sum(of_o.factor * terms.lost * np.abs(dp), axis=1, keepdims=True)
+
+    dp_sum = gamma(do.shape[1], equal_factors(do, piece.v)) * FP32_UNIT
+    fp32 = weight * (dp_sum * (size @ np.abs(piece.v).T) + AROUND * FP32_UNIT * (np.abs(dp) + np.abs(d)))
+    return _Errors(ds, eps * np.abs(ds) + fp32, weight, eps, d_random, np.sqrt((variance_p + variance_o) / 3), d_fixed)
+
+
+def _split(size: Float, form: Format) -> tuple[Float, Float]:
+    """Rounding errors of numbers of this size that are as often up as down, and those of numbers that become 0."""
+    kept = size > tiny(form)
+    return np.where(kept, form.unit_roundoff * size + tiny(form), 0.0), np.where(kept, 0.0, size)
+
+
+def gradient_bounds(
+    q: ArrayLike,  # (B, Sq, Hq, D)
+    k: ArrayLike,  # (B, Sk, Hkv, D)
+    v: ArrayLike,  # (B, Sk, Hkv, Dv)
+    do: ArrayLike,  # (B, Sq, Hq, Dv)
+    dtype: str,
+    mask: str = "full",
+    scale: float | None = None,
+    *,
+    BLOCK_N: int = 16,
+) -> GradientBounds:
+    """The bounds derived above; `BLOCK_N` as in `rounding_bounds`. Raises InputError for arguments that do not fit."""
+    check_dtypes(dtype=dtype)
+    form = FORMATS[dtype]
+    inputs = check_inputs(q, k, v, scale)
+    given = check_do(do, inputs)
+    (batch, seqlen_q, heads_q, head_dim), (seqlen_k, heads_kv, head_dim_v) = inputs.q.shape, inputs.v.shape[1:]
+    dq = _Sum(batch, seqlen_q, heads_q, head_dim)
+    dk, dv = (_Sum(batch, seqlen_k, heads_q, width) for width in (head_dim, head_dim_v))
+    rows: set[int] = set()
+    keys: set[int] = set()
+    factor = abs(inputs.scale)
+    for piece in pieces(inputs, mask) if seqlen_k else ():
+        at, head = (piece.batch, piece.rows, piece.head), (piece.batch, slice(None), piece.head)
+        go, aq, ak, ago = given[at], np.abs(piece.q), np.abs(piece.k), np.abs(given[at])
+        terms = error_terms(piece, inputs.scale, form, 1.0, BLOCK_N)
+        e = _errors_of_ds(piece, go, terms, form)
+        size = np.abs(e.ds) + e.fp32 + e.weight * (e.d_random + e.d_fixed)
+        random, lost = _split(size, form)
+        rows.update(fingerprints(terms.steps[terms.seen[:, 0]]).tolist())
+        if piece.rows.start == 0:
+            keys.update(fingerprints(terms.steps.T).tolist())
+
+        along = (np.abs(terms.p @ piece.k) + e.eps * (terms.p @ ak)) * (1 + e.eps)
+        sums = terms.product + AROUND * FP32_UNIT
+        dq.add(
+            at,
+            inputs.scale * (e.ds @ piece.k),
+            factor * (random @ ak + e.d_random * along),
+            factor**2 * (terms.alike * (random**2 @ ak**2) / 3 + (e.d_sigma * along) ** 2),
+            factor * ((e.fp32 + lost + sums * size) @ ak + e.d_fixed * along),
+        )
+        alike = most_alike(terms.steps.T)
+        sums = (gamma(seqlen_q * heads_q / heads_kv, alike * heads_q / heads_kv) + AROUND) * FP32_UNIT
+        dk.add(
+            head,
+            inputs.scale * (e.ds.T @ piece.q),
+            factor * ((random + e.weight * e.d_random).T @ aq),
+            factor**2 * alike * ((random**2 / 3 + (e.weight * e.d_sigma) ** 2).T @ aq**2),
+            factor * ((e.fp32 + lost + e.weight * e.d_fixed).T @ aq + sums * (size.T @ aq)),
+        )
+        random, lost = _split(e.weight, form)
+        dv.add(
+            head,
+            terms.p.T @ go,
+            random.T @ ago,
+            alike * (random**2).T @ ago**2 / 3,
+            (lost + e.eps * terms.p).T @ ago + sums * (e.weight.T @ ago),
+        )
+    dq.store(form)
+    for gradient in (dk, dv):
+        if heads_q > heads_kv:
+            gradient.store(form)
+        gradient.sum_groups(heads_kv)
+        gradient.store(form)
+    return GradientBounds(
+        Gradients(dq.random + dq.fixed, dk.random + dk.fixed, dv.random + dv.fixed),
+        (dq.typical(len(rows)), dk.typical(len(keys)), dv.typical(len(keys))),
+    )
