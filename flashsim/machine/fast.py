@@ -122,7 +122,7 @@ class FastSimulation:
         common = k.grid.launch != "cta" or not probe.tensors.isdisjoint(SHARED_TENSORS)
         chunks = MAX_CHUNKS_OF_STREAM if k.library else MAX_CHUNKS
         together = self._together = 1 if common else max(1, tile_count(k, p) // chunks)
-        self._pace = Pace(probe, max(1, total // chunks // together), together)
+        self._pace = Pace(probe, max(1, total // chunks // together), together, not self.options.private_memory)
         costs = probe.costs
         sim = self._sim = Simulation()
         tma = k.copy == "tma"

@@ -30,8 +30,10 @@ SAMPLE = 11
 """KV tiles of the work tiles that are probed for that."""
 A_LITTLE = 64
 """Part of a probe's time by which something is let come a little late."""
-PHASES = 8
-"""In which CTAs that share an SM are let meet."""
+TURNS = 4
+"""CTAs that follow each other where CTAs share an SM."""
+SPREADS = 4
+"""Times that this is tried."""
 
 
 class Piece(NamedTuple):
@@ -80,8 +82,9 @@ class Course(NamedTuple):
 class Pace:
     """Times of work tiles, by their class and what came before."""
 
-    def __init__(self, probe: Probe, chunk: int = 1, together: int = 1) -> None:
-        """`chunk` KV tiles are taken together, and `together` work tiles."""
+    def __init__(self, probe: Probe, chunk: int = 1, together: int = 1, spread: bool = True) -> None:
+        """`chunk` KV tiles are taken together, and `together` work tiles; `spread`: the memory's latency varies."""
+        self._seeds: tuple[int | None, ...] = tuple(range(SPREADS)) if spread else (None,)
         self.together = together
         self.probe = probe
         self.chunk = chunk
@@ -217,22 +220,23 @@ class Pace:
     def share(self, working: int) -> tuple[int, int]:
         """(ticks that a KV tile takes while `working` CTAs work on one SM, ticks that it takes alone).
 
-        CTAs that share units keep the phase in which they meet, on which this depends; it is a mean over several.
+        CTAs that share units fall into step in one of a few ways, which differ by several per cent; which one follows
+        from how they have started. So they are let start as they do on the device, and follow each other, with the
+        spread of the memory's latency, a few times.
         """
         if working not in self._shares:
-            alone = self._beside(1, 0)
-            shared = fmean(self._beside(working, round(alone * phase / PHASES)) for phase in range(PHASES))
+            tile = self._sample._replace(partial=0)
+            interval = self.probe.costs.ns(self.probe.device.launch.cta_interval_ns) * self.probe.device.sm.count
+            turns = [tile] * working * TURNS
+            traces = [self.probe.run(turns, working, interval, seed=seed) for seed in self._seeds]
+            if tile.count > 1:
+                alone = fmean(_gaps(self.probe.run([tile]).walks, 1))
+                shared = fmean(gap for trace in traces for gap in _gaps(trace.walks, working))
+            else:
+                alone = self.probe.run([tile]).end
+                shared = fmean((trace.end - interval * (working - 1)) / TURNS for trace in traces)
             self._shares[working] = round(max(alone, shared)), round(alone)
         return self._shares[working]
-
-    def _beside(self, ctas: int, offset: int) -> float:
-        """Ticks of a KV tile of each of `ctas` CTAs in long loops that start `offset` ticks apart, while all work."""
-        tile = self.probe.typical
-        tile = tile._replace(count=max(4, min(tile.count, LENGTHS[0])), partial=0, partial_end=0)
-        walks = self.probe.run([tile] * ctas, ctas, offset).walks
-        first, last = max(walk[0] for walk in walks), min(walk[-1] for walk in walks)
-        inner = [[time for time in walk if first <= time <= last] for walk in walks]
-        return fmean((walk[-1] - walk[0]) / (len(walk) - 1) for walk in inner if len(walk) > 1)
 
     def first_ask(self) -> int:
         """From the start of a CTA to its first question for a tile."""
@@ -246,6 +250,12 @@ class Pace:
             return base
         longer = self.probe.run([short._replace(count=short.count + 1)]).busy
         return {unit: base[unit] + (longer[unit] - base[unit]) * more for unit in base}
+
+
+def _gaps(walks: list[list[int]], last: int) -> list[int]:
+    """Ticks from KV tile to KV tile, until the first of the `last` walks, and others of their CTAs, ends."""
+    end = min(walk[-1] for walk in walks[-last:])
+    return [b - a for walk in walks for a, b in pairwise(walk) if b <= end]
 
 
 def _kind(tile: TileClass) -> TileClass:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from random import Random
 from typing import Any, NamedTuple
 
 from flashsim.devices import DeviceSpec
@@ -143,21 +144,28 @@ class Probe:
         first = -(-self.problem.seqlen_k // self.kernel.BLOCK_N) - 1 if tile.short_k else tile.count - 1
         return WorkTile(self.problem, self.kernel, Shortened((m_block, 0, 0), _walk(tile, first)), 0, 0)
 
-    def run(self, tiles: Sequence[TileClass], slots: int = 1, offset: int = 0, late: Late | None = None) -> Trace:
+    def run(
+        self,
+        tiles: Sequence[TileClass],
+        slots: int = 1,
+        offset: int = 0,
+        late: Late | None = None,
+        seed: int | None = None,
+    ) -> Trace:
         """Run `tiles` one after the other, on `slots` CTAs at a time that start `offset` ticks apart.
 
         Raises Deadlock if the schedule does not come to its end.
         """
-        key = (tuple(tiles), slots, offset, late)
+        key = (tuple(tiles), slots, offset, late, seed)
         if key not in self._traces:
-            self._traces[key] = self._run(tiles, slots, offset, late)
+            self._traces[key] = self._run(tiles, slots, offset, late, seed)
         return self._traces[key]
 
-    def _run(self, tiles: Sequence[TileClass], slots: int, offset: int, late: Late | None) -> Trace:
+    def _run(self, tiles: Sequence[TileClass], slots: int, offset: int, late: Late | None, seed: int | None) -> Trace:
         k = self.kernel
         sim = Simulation()
         todo = [self._shortened(tile, number) for number, tile in enumerate(tiles)]
-        memory = _WatchedMemory(sim, self.costs, k, [tile.walk.first for tile in todo], late)
+        memory = _WatchedMemory(sim, self.costs, k, [tile.walk.first for tile in todo], late, seed)
         sm = SM(sim, self.costs, memory)
         sm.walks = []
         todo.reverse()
@@ -205,16 +213,21 @@ def _walk(tile: TileClass, first: int) -> KVWalk:
 class _WatchedMemory(PrivateMemory):
     """Notes what moves when, and lets one thing come late."""
 
-    def __init__(self, sim: Simulation, costs: Costs, kernel: Kernel, first: list[int], late: Late | None) -> None:
+    def __init__(
+        self, sim: Simulation, costs: Costs, kernel: Kernel, first: list[int], late: Late | None, seed: int | None
+    ) -> None:
         """`first` has each work tile's first block of keys."""
         super().__init__(sim, costs, kernel.copy == "tma")
         self._width = kernel.BLOCK_N
         self._first = first
         self._late = late
+        self._random = None if seed is None else Random(seed)
+        self._spread = costs.ns(costs.device.memory.jitter_ns)
         self.moves: list[dict[What, dict[int, int]]] = [{} for _ in first]
 
     def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
-        return super().fetch(key, size_byte, sharers) + self._note(key, stored=False)
+        spread = self._random.randrange(self._spread + 1) if self._random else 0
+        return super().fetch(key, size_byte, sharers) + self._note(key, stored=False) + spread
 
     def write(self, key: Key, size_byte: int) -> int:
         return super().write(key, size_byte) + self._note(key, stored=True)
