@@ -158,20 +158,22 @@ class AttentionProblem:
 
     @property
     def pairs(self) -> float:
-        """P, the (query, key) pairs per head, summed over the batch, that FLOP counts use: for each batch entry
-        seqlen_q * seqlen_k for full, seqlen_q * (max(0, seqlen_k - seqlen_q) + seqlen_k) / 2 for causal (a convention:
-        it may be half an odd number), and the pairs that are not masked for every other mask.
+        """P, the (query, key) pairs per head that FLOP counts use: seqlen_q * seqlen_k for full,
+        seqlen_q * (max(0, seqlen_k - seqlen_q) + seqlen_k) / 2 for causal (a convention: it may be half an odd number),
+        the allowed pairs for every other mask.
         """
-        return self._twice_counted_pairs / 2
+        return self._twice_counted_pairs / 2 / self.batch
 
     @cached_property
     def _twice_counted_pairs(self) -> int:
+        """Per head, summed over the batch."""
         return self._of_all_entries(lambda b: self.mask_rule.twice_counted_pairs(self.seqlen_q, self.seqlen_k, b))
 
     @cached_property
-    def allowed_pairs(self) -> int:
-        """Exact number of (query, key) pairs per head, summed over the batch, that are not masked."""
-        return self._of_all_entries(lambda b: self.mask_rule.allowed_pairs(self.seqlen_q, self.seqlen_k, b))
+    def allowed_pairs(self) -> float:
+        """Number of (query, key) pairs per head that are not masked; the mean, where batch entries differ."""
+        rule = self.mask_rule
+        return self._of_all_entries(lambda b: rule.allowed_pairs(self.seqlen_q, self.seqlen_k, b)) / self.batch
 
     def _of_all_entries(self, count: Callable[[int], int]) -> int:
         """Sum of `count(batch entry)`, asked once where entries do not differ."""
@@ -179,7 +181,7 @@ class AttentionProblem:
 
     @property
     def flops(self) -> int:
-        """2 * heads_q * pairs * (head_dim + head_dim_v), exact."""
+        """2 * batch * heads_q * pairs * (head_dim + head_dim_v), exact."""
         return self.heads_q * self._twice_counted_pairs * (self.head_dim + self.head_dim_v)
 
     @property

@@ -63,7 +63,7 @@ def simulate(
     if tensors is not None:
         from flashsim.numerics.functional import judge
 
-        result = replace(result, functional=judge(problem, tensors, rounded=functional == "dtype"))
+        result = replace(result, functional=judge(problem, tensors, functional == "dtype", kind.stores_scores))
     return result
 
 

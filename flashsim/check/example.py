@@ -99,7 +99,7 @@ class Example:
     def run(self) -> dict[str, Any]:
         """The tensors after a run at the latencies of hardware. Raises SimulationError if anything is wrong."""
         tensors = self.compute(Latencies())
-        found = judge(self.problem, tensors, self.rounded)
+        found = judge(self.problem, tensors, self.rounded, self.schedule.stores_scores)
         if not found.accepted:
             raise NotAccepted(f"wrong numbers: {_errors(found, tensors)}")
         return tensors

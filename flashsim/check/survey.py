@@ -26,9 +26,9 @@ from flashsim.check.mutants import EXECUTED, Mutant, mutants_of, probed
 from flashsim.errors import SimulationError
 from flashsim.schedules import Schedule, load_schedule
 
-DRAWN, KEPT = 300, 48
-"""Examples that are drawn, and those of them that are most different from each other."""
-TRIED = 16
+DRAWN, KEPT = 300, 96
+"""Examples that are drawn, and those of them that are most different from each other; more, where these miss a line."""
+TRIED = 32
 """On so many of these, at most, a mutant runs: on such as execute its line."""
 KILLED, EQUIVALENT, INVALID, NOT_RUN, SURVIVED = "killed", "equivalent", "invalid", "not run", "survived"
 
@@ -125,13 +125,19 @@ def _trials(schedule: str) -> list[tuple[Example, frozenset[int]]]:
     Raises SimulationError if the schedule itself is wrong.
     """
     kind = load_schedule(schedule)
-    watched = _load(probed(_source(kind)), kind)
+    text = _source(kind)
+    watched = _load(probed(text), kind)
     lines: set[int] = getattr(sys.modules[watched.__module__], EXECUTED)
+    unseen = {mutant.line for mutant in mutants_of(text)}
     trials = []
-    for example in _varied(drawn_examples(kind, DRAWN), KEPT):
+    for number, example in enumerate(_varied(drawn_examples(kind, DRAWN), DRAWN)):
+        if number >= KEPT and not unseen:
+            break
         lines.clear()
         replace(example, schedule=watched, rounded=False).run()
-        trials.append((replace(example, rounded=False), frozenset(lines)))
+        if number < KEPT or unseen & lines:
+            trials.append((replace(example, rounded=False), frozenset(lines)))
+        unseen -= lines
     return trials
 
 
@@ -149,7 +155,8 @@ def _varied(examples: list[Example], count: int) -> list[Example]:
 
 def _traits(example: Example) -> set[frozenset[object]]:
     """Every pair of what is special about an example."""
-    alone = {*example.options.items(), ("mask", example.problem.mask), ("gpu", example.gpu), ("sms", example.sms)}
+    kind_of_mask = example.problem.mask.partition(":")[0]
+    alone = {*example.options.items(), ("mask", kind_of_mask), ("gpu", example.gpu), ("sms", example.sms)}
     return {frozenset(pair) for pair in combinations(alone, 2)}
 
 

@@ -35,6 +35,7 @@ class Count(NamedTuple):
 
 MAP_COUNT = {
     "mask": Count(alu=MASK_INSTRUCTIONS),
+    "scale": Count(fma=1),
     "exp": Count(fma=1, exp=1),  # one FFMA scales and subtracts the maximum, one EX2
     "rescale_factor": Count(fma=1, exp=1),
     "mul": Count(fma=1),

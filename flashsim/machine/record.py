@@ -147,7 +147,7 @@ class Record:
         for view in reads:
             self._read(view, self.timeline, number, known, what)
         self._write(into, self.timeline, number, known, what)
-        scale = self.agent.problem.softmax_scale
+        scale = 1.0 if self.agent.cta.kernel.scaled_scores else self.agent.problem.softmax_scale
 
         def effect() -> None:
             import numpy as np
@@ -157,6 +157,8 @@ class Record:
                 result = np.full(into.shape, operands[0])
             elif op == "mask":
                 result = np.where(self._allowed(views[0], *operands[1:]), arrays[0], -np.inf)
+            elif op == "scale":
+                result = scale * arrays[0]
             elif verb == "map" and op != "copy":
                 result = MAP[op](arrays[0], arrays[1], scale)
             elif verb == "reduce":

@@ -92,16 +92,17 @@ def rounding_bounds(
     p_scale: float = 1.0,
     BLOCK_N: int = 16,
     accumulator: float = FP32_UNIT,
+    s_dtype: str | None = None,
 ) -> Bounds:
     """The bounds derived above for a kernel with O in `dtype`; all are zero in rows that see no key.
 
     P is multiplied by `p_scale` and rounded to `p_dtype`, by default `dtype` as it is. `BLOCK_N` is the least number of
     keys between two rescalings; 16 is the k extent of one MMA. `accumulator` is the unit roundoff of the tensor cores'
-    sums, about 2**-14 for fp8 on Hopper (DeepSeek-V3 Technical Report, section 3.3.2). Raises InputError for arguments
-    that do not fit.
+    sums, about 2**-14 for fp8 on Hopper (DeepSeek-V3 Technical Report, section 3.3.2). `s_dtype` is the dtype of scaled
+    scores that are stored, as by unfused attention. Raises InputError for arguments that do not fit.
     """
     p_dtype = dtype if p_dtype is None else p_dtype
-    check_dtypes(dtype=dtype, p_dtype=p_dtype)
+    check_dtypes(dtype=dtype, p_dtype=p_dtype, **({"s_dtype": s_dtype} if s_dtype else {}))
     inputs = check_inputs(q, k, v, scale)
     batch, seqlen_q, heads_q, _ = inputs.q.shape
     worst = np.zeros((batch, seqlen_q, heads_q, inputs.v.shape[3]))  # E F
@@ -112,7 +113,8 @@ def rounding_bounds(
     rows: set[int] = set()
     for piece in pieces(inputs, mask):
         at = (piece.batch, piece.rows, piece.head)
-        terms = error_terms(piece, inputs.scale, FORMATS[p_dtype], p_scale, BLOCK_N, accumulator)
+        scores = FORMATS[s_dtype] if s_dtype else None
+        terms = error_terms(piece, inputs.scale, FORMATS[p_dtype], p_scale, BLOCK_N, accumulator, scores)
         rows.update(fingerprints(terms.steps[terms.seen[:, 0]]).tolist())
         errors = errors_of_o(piece, terms, FORMATS[dtype])
         worst[at], sigma[at], lost[at], others[at] = (
@@ -123,5 +125,6 @@ def rounding_bounds(
         )
         bound = terms.logits + terms.total + LOG * FP32_UNIT
         lse[piece.batch, piece.head, piece.rows] = np.where(terms.seen, bound, 0.0)[:, 0]
-    typical = np.minimum(worst, lost + sigma * (1 + LAMBDA / max(1, len(rows)) ** 0.5)) + others
-    return Bounds(worst + others, float(np.mean(typical)), lse, float(np.mean(typical**2)) ** 0.5)
+    with np.errstate(over="ignore"):  # scores so large that their rounding leaves nothing of the result
+        typical = np.minimum(worst, lost + sigma * (1 + LAMBDA / max(1, len(rows)) ** 0.5)) + others
+        return Bounds(worst + others, float(np.mean(typical)), lse, float(np.mean(typical**2)) ** 0.5)

@@ -24,6 +24,8 @@ largest value over the row's keys counts; 4 for exp2 (two ulps, as `ex2.approx` 
 the r = ceil(n / BLOCK_N) rescalings. All of these are in l as they are in O, so they act like an error of S, at most
 `logits`.
 
+Where S itself is stored in a narrow format, as unfused attention does, that rounding, u |S| + t, is a part of `logits`.
+
 **Sums.** O and l are summed and rescaled apart: `product` = gamma(n, a) + spread(r, 1) on tensor cores, `total` =
 spread(n, a) + spread(r, 1) elsewhere.
 """
@@ -109,11 +111,17 @@ class Terms(NamedTuple):
 
 
 def error_terms(
-    piece: Piece, scale: float, form: Format, p_scale: float = 1.0, BLOCK_N: int = 16, accumulator: float = FP32_UNIT
+    piece: Piece,
+    scale: float,
+    form: Format,
+    p_scale: float = 1.0,
+    BLOCK_N: int = 16,
+    accumulator: float = FP32_UNIT,
+    scores_form: Format | None = None,
 ) -> Terms:
     """The terms derived above for the rows of `piece`, whose P is multiplied by `p_scale` and rounded to `form`.
 
-    `accumulator` is the unit roundoff of the tensor cores' sums.
+    `accumulator` is the unit roundoff of the tensor cores' sums; `scores_form` the format in which S is stored, if one.
     """
     head_dim, wide = piece.q.shape[1], accumulator / FP32_UNIT
     seen = np.any(piece.allowed, axis=1, keepdims=True)
@@ -132,6 +140,9 @@ def error_terms(
         size = np.where(piece.allowed, np.abs(piece.q) @ np.abs(piece.k).T, 0.0).max(axis=1, keepdims=True)
         scores = (wide * gamma(head_dim, equal_factors(piece.q, piece.k)) + SCORE) * abs(scale) * size
         logits = (scores + EXP + EXP * spread(rescales)) * FP32_UNIT
+        if scores_form:
+            largest = np.where(piece.allowed, np.abs(s), 0.0).max(axis=1, keepdims=True, initial=0.0)
+            logits += scores_form.unit_roundoff * largest + scores_form.tiny_roundoff
         steps = np.where(piece.allowed, np.rint(depth / (ALIKE * form.unit_roundoff)), np.nan)
         alike = most_alike(steps)
         product = (wide * gamma(n, alike) + spread(rescales)) * FP32_UNIT

@@ -11,7 +11,7 @@ from flashsim.errors import InputError
 from flashsim.numerics.bounds import Bounds, rounding_bounds
 from flashsim.numerics.error_terms import FP32_UNIT
 from flashsim.numerics.layout import Float, check_inputs, pieces
-from flashsim.numerics.rounding import FORMATS, round_to
+from flashsim.numerics.rounding import FORMATS, round_to, saturate
 
 P_SCALE = 256.0
 """P <= 1 is multiplied by this power of two before it is rounded to e4m3, whose largest number is 448: FlashAttention-3
@@ -36,7 +36,8 @@ class Blocks(NamedTuple):
 def quantize(x: ArrayLike, block: int) -> Blocks:
     """x (B, S, H, D) in e4m3 with one fp32 scale, max|x| / 448, for each block of `block` rows of a head.
 
-    FlashAttention-3, section 3.3: block quantization. A block of zeros has scale 1. Raises InputError if `x` has not
+    FlashAttention-3, section 3.3: block quantization. A block of zeros, or of numbers
+    whose scale fp32 does not hold, has scale 1. Raises InputError if `x` has not
     four dimensions or `block` is not positive.
     """
     values = np.asarray(x, dtype=np.float64)
@@ -51,8 +52,9 @@ def quantize(x: ArrayLike, block: int) -> Blocks:
     padded[:, :seqlen] = values
     tiles = padded.reshape(batch, blocks, block, heads, head_dim)
     largest = np.abs(tiles).max(axis=(2, 4), initial=0.0)
-    scales = round_to(np.where(largest == 0, 1.0, largest / FORMATS["e4m3"].max), "fp32")
-    codes = round_to(tiles / scales[:, :, None, :, None], "e4m3").reshape(padded.shape)[:, :seqlen]
+    scales = round_to(largest / FORMATS["e4m3"].max, "fp32")
+    scales = np.where(scales == 0, 1.0, scales)
+    codes = round_to(saturate(tiles / scales[:, :, None, :, None], "e4m3"), "e4m3").reshape(padded.shape)[:, :seqlen]
     return Blocks(codes, scales, block)
 
 
@@ -83,7 +85,7 @@ def emulated_attention(
             m = s.max(axis=1, keepdims=True)
             p = np.exp(s - np.where(m == -np.inf, np.float32(0), m))
             total = p.sum(axis=1, keepdims=True) * np.float32(p_scale)
-            p = round_to(p * np.float32(p_scale), "e4m3").astype(np.float32)
+            p = round_to(saturate(p * np.float32(p_scale), "e4m3"), "e4m3").astype(np.float32)
             o[piece.batch, piece.rows, piece.head] = round_to(np.where(m > -np.inf, p @ v32 / total, 0), dtype)
     return o
 

@@ -37,12 +37,17 @@ def run_tensors(problem: AttentionProblem, q: Float, k: Float, v: Float) -> dict
     return {"Q": q, "K": k, "V": v} | {name: np.full(shape, np.nan) for name, shape in outputs.items()}
 
 
-def judge(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool) -> Functional:
-    """What the run wrote into `tensors`, against float64 naive attention: to 1e-9, or by the rule for low precision."""
+def judge(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool, stores_scores: bool = False) -> Functional:
+    """What the run wrote into `tensors`, against float64 naive attention: to 1e-9, or by the rule for low precision.
+
+    `stores_scores`: the schedule rounds S to the problem's dtype, as unfused attention does.
+    """
     q, k, v = tensors["Q"], tensors["K"], tensors["V"]
     o, lse = attention_reference(q, k, v, problem.mask)
     mine, mine_lse = tensors["O"], tensors["LSE"].transpose(0, 2, 1)
     if rounded:
         eager = eager_attention(q, k, v, problem.dtype, problem.mask)
-        return compare_rounded(mine, mine_lse, o, lse, eager, rounding_bounds(q, k, v, problem.dtype, problem.mask))
+        s_dtype = problem.dtype if stores_scores else None
+        bounds = rounding_bounds(q, k, v, problem.dtype, problem.mask, s_dtype=s_dtype)
+        return compare_rounded(mine, mine_lse, o, lse, eager, bounds)
     return compare_exact(mine, mine_lse, o, lse, v)

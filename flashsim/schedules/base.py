@@ -68,6 +68,8 @@ class Kernel:
     """Warp instructions a KV tile costs beside those that the verbs stand for: addresses, predicates, the loop."""
     dense: bool = False
     """Visits every KV tile, those that the mask hides too."""
+    scaled_scores: bool = False
+    """The scores that it reads have been multiplied by the softmax scale."""
     library: bool = False
     """A framework's kernel, which moves data at the rate that such kernels reach, not at the best there is."""
 
@@ -98,6 +100,8 @@ class Schedule:
     masks: ClassVar[tuple[str, ...]] = tuple(SPELLING)
     """Kinds of masks, without their numbers."""
     dtypes: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
+    stores_scores: ClassVar[bool] = False
+    """Whether S goes through memory in the problem's dtype, which is one more rounding."""
     architectures: ClassVar[tuple[str, ...]] = ("ampere", "ada", "hopper")
 
     BLOCK_M: int = switch(None, "query rows of a CTA's tile")

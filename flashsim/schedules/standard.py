@@ -49,6 +49,7 @@ class Standard(Schedule):
     """Standard attention forward, fp16 and bf16, as a framework runs it."""
 
     title = "standard attention: S and P through HBM, one kernel for each step"
+    stores_scores = True
     source = "arXiv 2205.14135, algorithm 0; attention_pytorch in the FlashAttention repository's benchmarks"
 
     mma: str = switch(None, "instruction of the products", ("mma.sync", "wgmma"))
@@ -73,13 +74,15 @@ class Standard(Schedule):
         height = max(1, min(64, ROW_ELEMENTS // width))
         scores = self._kernel("scores", Role("warps", self.scores, registers=self.score_registers), self.score_operands)
         mask = self._kernel("mask", Role("warps", self.mask, registers=self.rows), None, MASK_ROWS, MASK_COLUMNS)
-        softmax = self._kernel("softmax", Role("warps", self.softmax, registers=self.rows), None, height, width)
+        softmax = self._kernel("softmax", Role("warps", self.softmax, registers=self.rows), None, height, width, True)
         output = self._kernel(
             "output", Role("warps", self.output, registers=self.output_registers), self.output_operands
         )
         return (scores, mask, softmax, output) if problem.mask != "full" else (scores, softmax, output)
 
-    def _kernel(self, name: str, role: Role, shared: Any, BLOCK_M: int = 0, BLOCK_N: int = 0) -> Kernel:
+    def _kernel(
+        self, name: str, role: Role, shared: Any, BLOCK_M: int = 0, BLOCK_N: int = 0, scaled_scores: bool = False
+    ) -> Kernel:
         return Kernel(
             name=f"standard_{name}",
             roles=(role,),
@@ -90,10 +93,11 @@ class Standard(Schedule):
             mma="wgmma" if self.mma == "wgmma" else "mma.sync",
             copy="tma" if self.mma == "wgmma" else "cp.async",
             dense=True,
+            scaled_scores=scaled_scores,
             library=True,
         )
 
-    # S = Q K^T
+    # S = scale Q K^T
 
     def score_operands(self, cta: CTA) -> Operands:
         d = cta.problem.head_dim
@@ -109,6 +113,7 @@ class Standard(Schedule):
             for j in wg.kv_tiles(tile):
                 yield wg.load(tile.K(j), into=s.right)
                 yield wg.gemm(s.left, s.right.T, into=r.sum)
+                wg.map("scale", r.sum, into=r.sum)  # alpha of the product, so that S does not overflow
                 wg.convert(r.sum, into=r.rounded)
                 wg.store(r.rounded, into=tile.S(j))
 

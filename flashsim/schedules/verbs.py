@@ -20,7 +20,7 @@ from flashsim.problem import AttentionProblem
 Program = Generator[Any, None, None]
 """What a role runs: a generator that yields what it waits for."""
 
-MapOp = Literal["mask", "exp", "rescale_factor", "copy", "fill", "mul", "div", "lse"]
+MapOp = Literal["mask", "scale", "exp", "rescale_factor", "copy", "fill", "mul", "div", "lse"]
 ReduceOp = Literal["max", "sum"]
 
 

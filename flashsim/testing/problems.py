@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from flashsim.errors import InputError
 from flashsim.problem import MAX_HEAD_DIM, AttentionProblem
+from flashsim.testing.masks import KINDS_WITH_NUMBERS, LARGEST, NUMBERS, mask_text
 
 T = TypeVar("T")
 
@@ -60,6 +61,7 @@ def attention_problems(
         The two lengths are independent; (1, 1), (1, 3), (2, 1), (1, 239) and (239, 1) come whatever the tile is.
     head_dims: `head_dim` and `head_dim_v` are drawn independently, or with `same_head_dim` once for both.
     masks, dtypes: the first is what a failure shrinks to.
+        A kind of mask without its numbers, such as "window", gets numbers that go with the lengths; not "blocks".
     gqa: whether query heads may share KV heads.
     same_seqlen: seqlen_q == seqlen_k only.
     blind_rows: whether causal problems may have seqlen_q > seqlen_k, whose first rows see no key.
@@ -116,6 +118,8 @@ def _problems(
             seqlen_q = seqlen_k = min(seqlen_q, seqlen_k)
         seqlen_q, seqlen_k = shape[0] or seqlen_q, shape[1] or seqlen_k
     seqlen_q, seqlen_k = _within(seqlen_q, seqlen_k, int(max_flops / 4 / head_dims[0]))
+    if mask == "documents":
+        seqlen_q = seqlen_k = min(seqlen_q, seqlen_k)
     if mask == "causal" and not blind_rows:
         seqlen_q, seqlen_k = sorted((seqlen_q, seqlen_k))
 
@@ -131,8 +135,13 @@ def _problems(
         head_dim_v = pick("head_dim_v", [d for d in head_dims if head_dim + d <= left], len(head_dims))
     left /= head_dim + head_dim_v
     heads_kv, group = pick("heads", [(n, g) for n, g in heads if n * g <= left], len(heads))
+    batch = pick("batch", [n for n in BATCHES if n * heads_kv * group <= left], len(BATCHES))
+    if any(kind in KINDS_WITH_NUMBERS for kind in masks):
+        numbers = [draw(st.integers(0, LARGEST)) for n in range(NUMBERS)]
+        if mask in KINDS_WITH_NUMBERS:
+            mask = mask_text(mask, numbers, batch, seqlen_q, seqlen_k)
     return AttentionProblem(
-        batch=pick("batch", [n for n in BATCHES if n * heads_kv * group <= left], len(BATCHES)),
+        batch=batch,
         heads_q=heads_kv * group,
         heads_kv=heads_kv,
         seqlen_q=seqlen_q,
@@ -179,6 +188,8 @@ def _check(
             problems.append(f"{name}: got {values!r}, must name at least one, in a list or tuple")
             continue
         for value in values:
+            if name == "masks" and value in KINDS_WITH_NUMBERS:
+                continue
             fields: dict[str, Any] = {"batch": 1, "heads_q": 1, "seqlen_q": 1, "head_dim": 1, name[:-1]: value}
             try:
                 AttentionProblem(**fields)
