@@ -103,9 +103,10 @@ def naming_lines_of(schedule: type[Schedule]) -> Iterator[None]:
 
 
 def _tensors(problem: AttentionProblem, seed: int) -> dict[str, Any]:
-    from flashsim.numerics.functional import run_tensors
+    from flashsim.numerics.functional import refuse_large, run_tensors
     from flashsim.numerics.inputs import random_inputs
 
+    refuse_large(problem)
     return run_tensors(problem, *random_inputs(problem, seed))
 
 

@@ -21,16 +21,20 @@ MAX_FLOPS = 20e9
 """A functional run computes every tile in float64; more than this takes minutes and is refused."""
 
 
-def run_tensors(problem: AttentionProblem, q: Float, k: Float, v: Float) -> dict[str, Any]:
-    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), and everything that a schedule can write, full of NaN.
-
-    O is (B, Sq, Hq, Dv), LSE (B, Sq, Hq), S and P (B, Sq, Hq, Sk). Raises InputError for a problem that is too large.
-    """
+def refuse_large(problem: AttentionProblem) -> None:
+    """Raises InputError for a problem that is too large for a functional run."""
     if problem.flops > MAX_FLOPS:
         raise InputError(
             f"a functional run of {problem.flops / 1e9:.0f} GFLOP would take minutes; "
             f"up to {MAX_FLOPS / 1e9:.0f} GFLOP are accepted"
         )
+
+
+def run_tensors(problem: AttentionProblem, q: Float, k: Float, v: Float) -> dict[str, Any]:
+    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), and everything that a schedule can write, full of NaN.
+
+    O is (B, Sq, Hq, Dv), LSE (B, Sq, Hq), S and P (B, Sq, Hq, Sk).
+    """
     rows = (problem.batch, problem.seqlen_q, problem.heads_q)
     outputs = {"O": (*rows, problem.head_dim_v), "LSE": rows}
     outputs |= dict.fromkeys(("S", "P"), (*rows, problem.seqlen_k))

@@ -124,10 +124,27 @@ def test_fa3_without_turns() -> None:
 
 
 def test_fa2_with_shared_memory() -> None:
-    """Two CTAs share an SM, in phases that the fast path knows only on average: less exact than for fa3 by far."""
+    """Two CTAs share an SM and fall into step in one of a few ways, of which the fast path knows a mean."""
     compute, memory = errors("fa2", 16, seed=3, switches=[{}])
-    assert max(map(abs, compute + memory)) <= 0.06
-    assert fmean(map(abs, compute + memory)) <= 0.03
+    assert max(map(abs, compute + memory)) <= 0.055
+    assert fmean(map(abs, compute + memory)) <= 0.02
+
+
+def test_fa2_where_no_memory_is_shared() -> None:
+    found = []
+    for case in cases("fa2", 12, seed=5, switches=[{}]):
+        full, fast = case.run(FullSimulation, private=True), case.run(FastSimulation, private=True)
+        found.append(fast.ticks / full.ticks - 1)
+    assert max(map(abs, found)) <= 0.05
+    assert fmean(map(abs, found)) <= 0.015
+
+
+def test_several_ctas_with_short_loops_on_an_sm() -> None:
+    """Kernels of standard attention whose CTAs have a KV tile or two, where there is hardly a loop to look at."""
+    device = replace(H100, sm=replace(H100.sm, count=4))
+    problem = AttentionProblem(batch=2, heads_q=4, seqlen_q=512, head_dim=64)
+    fast, full = (simulate(problem, "standard", device, full=full).ticks for full in (False, True))
+    assert fast == pytest.approx(full, rel=0.08)
 
 
 @pytest.mark.parametrize(
