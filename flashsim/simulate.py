@@ -201,4 +201,5 @@ def _result(
         problem={name: getattr(problem, name) for name in problem.__dataclass_fields__},
         flashsim_version=version(),
         device_hash=device.device_hash,
+        notes=(f"mask {problem.mask}: {assumed}",) if (assumed := problem.mask_rule.assumed) else (),
     )

@@ -141,13 +141,20 @@ def test_partial_tiles_come_first_or_last(tiles: dict[int, bool], walk: KVWalk) 
     )
 
 
+def test_what_a_text_leaves_open_is_said() -> None:
+    assert parse_mask("butterfly").assumed == "330 keys a query, inferred from published times"
+    assert parse_mask("padding").assumed == "key lengths drawn from [seqlen_k - 20, seqlen_k), always the same"
+    for text in ("butterfly:330", "padding:3", "causal", "window:1"):
+        assert parse_mask(text).assumed is None
+
+
 # Text.
 
 
 @pytest.mark.parametrize(
     "text",
-    ["full", "causal", "window:7,0", "window:7,3", "prefix:5", "chunked:64", "documents:3+4", "butterfly:330",
-     "padding", "padding:3,0", "global:4+window:8,1"],
+    ["full", "causal", "butterfly", "window:7,0", "window:7,3", "prefix:5", "chunked:64", "documents:3+4",
+     "butterfly:330", "padding", "padding:3,0", "global:4+window:8,1"],
 )  # fmt: skip
 def test_a_mask_is_written_as_it_is_read(text: str) -> None:
     assert str(parse_mask(text)) == text

@@ -70,6 +70,10 @@ def _global(rest: str | None) -> Mask:
     return GlobalWindow(_numbers(tokens, ",", 0, range(1, 2))[0], Window(*_numbers(window, ",", 0, range(1, 3))))
 
 
+def _butterfly(rest: str | None) -> Mask:
+    return Butterfly(given=False) if rest is None else Butterfly(_numbers(rest, ",", 1, range(1, 2))[0])
+
+
 def _blocks(rest: str | None) -> Mask:
     if not rest:
         raise ValueError("the file is missing")
@@ -86,6 +90,6 @@ _READ: dict[str, Callable[[str | None], Mask]] = {
     "documents": lambda rest: Documents(tuple(_numbers(rest, "+", 1, MANY))),
     "global": _global,
     "blocks": _blocks,
-    "butterfly": lambda rest: Butterfly(*_numbers(rest, ",", 1, range(2))),
+    "butterfly": _butterfly,
     "padding": lambda rest: Padding(tuple(_numbers(rest, ",", 0, range(1_000_000)))),
 }

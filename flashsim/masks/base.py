@@ -20,6 +20,11 @@ class Mask(ABC):
     by_batch: ClassVar[bool] = False
     """Whether batch entries differ."""
 
+    @property
+    def assumed(self) -> str | None:
+        """What its text leaves open, and what is taken for it."""
+        return None
+
     def complaints(self, batch: int, seqlen_q: int, seqlen_k: int) -> list[str]:
         """Why the mask does not go with a problem of these sizes, one line each."""
         return []

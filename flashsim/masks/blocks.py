@@ -87,11 +87,17 @@ class Butterfly(BlockMask):
 
     kind: ClassVar[str] = "butterfly"
     keys: int = BUTTERFLY_KEYS
+    given: bool = True
+    """Whether anybody has said how many."""
     block_q: ClassVar[int] = BUTTERFLY_BLOCK  # type: ignore[misc]
     block_k: ClassVar[int] = BUTTERFLY_BLOCK  # type: ignore[misc]
 
     def __str__(self) -> str:
-        return f"butterfly:{self.keys}"
+        return f"butterfly:{self.keys}" if self.given else "butterfly"
+
+    @property
+    def assumed(self) -> str | None:
+        return None if self.given else f"{self.keys} keys a query, inferred from published times"
 
     def columns(self, row: int, seqlen_q: int, seqlen_k: int) -> frozenset[int]:
         blocks = -(-seqlen_k // BUTTERFLY_BLOCK)

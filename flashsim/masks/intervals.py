@@ -181,6 +181,12 @@ class Padding(IntervalMask):
     def __str__(self) -> str:
         return "padding" + (":" + ",".join(map(str, self.lengths)) if self.lengths else "")
 
+    @property
+    def assumed(self) -> str | None:
+        return (
+            None if self.lengths else f"key lengths drawn from [seqlen_k - {MOST_PADDING}, seqlen_k), always the same"
+        )
+
     def complaints(self, batch: int, seqlen_q: int, seqlen_k: int) -> list[str]:
         lines = []
         if self.lengths and len(self.lengths) != batch:
