@@ -28,11 +28,20 @@ class KernelTime:
 
 
 @dataclass(frozen=True)
-class HbmBytes:
-    """Bytes moved between HBM and L2."""
+class TensorBytes:
+    """Bytes of one tensor that moved between HBM and L2."""
 
     read: int
     written: int
+
+
+@dataclass(frozen=True)
+class HbmBytes:
+    """Bytes moved between HBM and L2, in all and by tensor."""
+
+    read: int
+    written: int
+    tensors: dict[str, TensorBytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Result:
     flops_executed: int
     """With tile padding and the masked part of partial tiles."""
     hbm_bytes: HbmBytes
+    peak_memory_bytes: int
+    """Of HBM: inputs, outputs, and what the schedule keeps beside them."""
     utilization: dict[str, Utilization]
     bound_by: str
     """A unit's name, `latency` (no unit is busy three quarters of the time) or `launch`."""

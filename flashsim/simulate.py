@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ from flashsim.machine.fast import FastSimulation
 from flashsim.machine.gpu import FullSimulation, KernelRun
 from flashsim.machine.options import Options
 from flashsim.problem import AttentionProblem, flops_executed
-from flashsim.result import UNITS, HbmBytes, KernelTime, Result, Utilization
+from flashsim.result import UNITS, HbmBytes, KernelTime, Result, TensorBytes, Utilization
 from flashsim.schedules import Kernel, Schedule, load_schedule
 from flashsim.units import us_of_ticks
 
@@ -145,6 +146,15 @@ def _flops_executed(problem: AttentionProblem, kernel: Kernel) -> int:
     return 2 * problem.batch * problem.heads_q * rows * columns * (problem.head_dim + problem.head_dim_v)
 
 
+def _hbm_bytes(runs: list[KernelRun]) -> HbmBytes:
+    read, written = Counter[str](), Counter[str]()
+    for run in runs:
+        read.update(run.read_byte)
+        written.update(run.written_byte)
+    tensors = {name: TensorBytes(read[name], written[name]) for name in sorted({*read, *written})}
+    return HbmBytes(read.total(), written.total(), tensors)
+
+
 def version() -> str:
     """The installed version of flashsim."""
     from flashsim import __version__
@@ -187,7 +197,8 @@ def _result(
         datasheet_fraction=tflops / device.tensor.fp16_tflops,
         flops=problem.flops,
         flops_executed=_flops_executed(problem, kernels[0]),
-        hbm_bytes=HbmBytes(sum(run.read_byte for run in runs), sum(run.written_byte for run in runs)),
+        hbm_bytes=_hbm_bytes(runs),
+        peak_memory_bytes=problem.memory_bytes + schedule.workspace_byte(problem),
         utilization=utilization,
         bound_by=bound_by,
         kernels=tuple(

@@ -3,7 +3,7 @@ alike."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -40,8 +40,9 @@ class KernelRun:
     active: int
     """Ticks in which an SM had a CTA."""
     busy: dict[str, int]
-    read_byte: int
-    written_byte: int
+    read_byte: Mapping[str, int]
+    """By tensor."""
+    written_byte: Mapping[str, int]
     events: int
     ctas_per_sm: int
 

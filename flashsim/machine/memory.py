@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from random import Random
 from typing import Protocol
 
@@ -57,15 +57,16 @@ class SharedMemory:
         self._l2_rate = costs.byte_rate(m.l2_byte_per_ns)
         self._spread = costs.ns(m.jitter_ns)
         self._random = Random(seed)
-        self.read_byte = 0
-        self.written_byte = 0
+        self.read_byte = Counter[str]()
+        """By tensor."""
+        self.written_byte = Counter[str]()
 
     def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
         now = self.sim.now
         held = self._tiles.get(key)
         if held is None:
             ready = self.hbm.serve(self._hbm_rate(size_byte)) + self.miss + self._random.randrange(self._spread + 1)
-            self.read_byte += size_byte
+            self.read_byte[key[0]] += size_byte
             self._keep(key, size_byte, ready)
         else:
             ready = held[1]
@@ -74,7 +75,7 @@ class SharedMemory:
 
     def write(self, key: Key, size_byte: int) -> int:
         written = self.hbm.serve(self._hbm_rate(size_byte))
-        self.written_byte += size_byte
+        self.written_byte[key[0]] += size_byte
         self._keep(key, size_byte, self.sim.now)
         return max(self.sim.now, written - self._write_back)
 
@@ -83,7 +84,7 @@ class SharedMemory:
             self._held -= self._tiles.pop(key)[0]
         self._tiles[key] = (size_byte, ready)
         self._held += size_byte
-        while self._held > self._capacity and len(self._tiles) > 1:
+        while self._held > self._capacity:
             self._held -= self._tiles.popitem(last=False)[1][0]
 
 
