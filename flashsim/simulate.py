@@ -6,20 +6,22 @@ import math
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from flashsim.devices import DeviceSpec, load_device
-from flashsim.errors import FlashsimError, InputError, SimulationError, line_of
+from flashsim.errors import EndlessRun, FlashsimError, Infeasible, InputError, SimulationError, line_of
 from flashsim.machine.fast import FastSimulation
+from flashsim.machine.feasibility import fit
 from flashsim.machine.gpu import FullSimulation, KernelRun
 from flashsim.machine.options import Options
 from flashsim.problem import AttentionProblem, flops_executed
 from flashsim.result import UNITS, HbmBytes, KernelTime, Result, TensorBytes, Utilization
 from flashsim.schedules import Kernel, Schedule, load_schedule
 from flashsim.units import us_of_ticks
+from flashsim.watchdog import Stuck, Watchdog
 
 if TYPE_CHECKING:
     from flashsim.machine.sm import Draw
@@ -54,8 +56,8 @@ def simulate(
     device = gpu if isinstance(gpu, DeviceSpec) else load_device(str(gpu))
     kind = load_schedule(schedule) if isinstance(schedule, str) else schedule
     clock, source = _clock(device, clock_mhz)
+    chosen = configured(kind, problem, device, options or {})
     with naming_lines_of(kind):
-        chosen = kind.configure(problem, device.architecture, options or {})
         _fits_memory(problem, chosen, device)
         tensors = _tensors(problem, seed) if functional else None
         settings = Options(draw=draw, seed=seed, tensors=tensors, rounded=functional == "dtype")
@@ -66,6 +68,20 @@ def simulate(
 
         result = replace(result, functional=judge(problem, tensors, functional == "dtype", kind.stores_scores))
     return result
+
+
+def configured(
+    kind: type[Schedule], problem: AttentionProblem, device: DeviceSpec, options: Mapping[str, Any]
+) -> Schedule:
+    """The schedule with its switches set. Raises InputError with everything that does not go together, SimulationError
+    for a mistake in the schedule's own text."""
+    with naming_lines_of(kind), Watchdog():
+        chosen = kind.configure(problem, device.architecture, options)
+        # Asking declares the kernels' memory once, so that what goes wrong there is found here.
+        for kernel in chosen.kernels(problem):
+            with suppress(Infeasible):
+                fit(kernel, problem, device)
+    return chosen
 
 
 def run_kernels(
@@ -101,6 +117,10 @@ def naming_lines_of(schedule: type[Schedule]) -> Iterator[None]:
         if line is None:
             raise
         raise SimulationError(f"{line}: {type(error).__name__}: {error}") from error
+    except Stuck as error:
+        module = sys.modules.get(schedule.__module__)
+        line = line_of(error, within=getattr(module, "__file__", None) or "")
+        raise EndlessRun(f"{line}: does not come to its end") from None
 
 
 def _tensors(problem: AttentionProblem, seed: int) -> dict[str, Any]:

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from flashsim.check.example import KINDS, MODES, Example, Latencies
 from flashsim.devices import load_device
-from flashsim.errors import InputError
+from flashsim.errors import EndlessRun, InputError, SimulationError
 from flashsim.machine.feasibility import fit
 from flashsim.problem import AttentionProblem
 from flashsim.schedules import Schedule, Switch
+from flashsim.simulate import configured
 from flashsim.testing.cases import attention_inputs
 from flashsim.testing.problems import attention_problems
 
@@ -42,9 +43,13 @@ class NothingAccepted(Exception):
     """The schedule refuses every problem and every combination of switches that is tried."""
 
 
-@cache
 def values_of(schedule: type[Schedule], architecture: str) -> dict[str, tuple[Any, ...]]:
     """For each switch, the values that the schedule accepts with all other switches left alone."""
+    return _values_of(schedule, architecture)  # type: ignore[arg-type]
+
+
+@cache
+def _values_of(schedule: type[Schedule], architecture: str) -> dict[str, tuple[Any, ...]]:
     plain = AttentionProblem(**PLAIN, dtype=schedule.dtypes[0], mask=schedule.masks[0])  # type: ignore[arg-type]
     accepted = {}
     for switch in schedule.switches():
@@ -62,12 +67,19 @@ def _candidates(switch: Switch) -> tuple[Any, ...]:
     return tuple(range(1, FEW + 1)) if switch.type_name == "int" else switch.choices
 
 
+def architectures_of(schedule: type[Schedule]) -> list[str]:
+    """Those on which the schedule is tried."""
+    return [name for name in GPUS if name in schedule.architectures]
+
+
 def _accepts(schedule: type[Schedule], problem: AttentionProblem, architecture: str, options: dict[str, Any]) -> bool:
     try:
-        schedule.configure(problem, architecture, options)
+        configured(schedule, problem, load_device(GPUS[architecture]), options)
     except InputError:
         return False
-    except Exception:  # the schedule's own mistake, which a run will report with file and line
+    except EndlessRun:
+        raise
+    except SimulationError:  # the schedule's own mistake, which a run will report with file and line
         return True
     return True
 
@@ -79,7 +91,7 @@ def examples_of(schedule: type[Schedule]) -> st.SearchStrategy[Example]:
 
 @st.composite
 def _examples(draw: st.DrawFn, schedule: type[Schedule]) -> Example:
-    architecture = draw(st.sampled_from([name for name in GPUS if name in schedule.architectures]))
+    architecture = draw(st.sampled_from(architectures_of(schedule)))
     gpu = GPUS[architecture]
     options = draw(_options(schedule, architecture))
     problem = draw(
@@ -92,12 +104,13 @@ def _examples(draw: st.DrawFn, schedule: type[Schedule]) -> Example:
             max_flops=MAX_FLOPS,
         )
     )
+    device = load_device(gpu)
     try:
-        for kernel in schedule.configure(problem, architecture, options).kernels(problem):
-            fit(kernel, problem, load_device(gpu))
+        for kernel in configured(schedule, problem, device, options).kernels(problem):
+            fit(kernel, problem, device)
     except InputError:
         reject()
-    except Exception:
+    except SimulationError:
         pass  # the schedule's own mistake, which a run will report with file and line
     sms, attention = draw(st.sampled_from(SMS)), draw(attention_inputs(problem))
     # Scores that are stored in fp16 overflow where such values mean them to.
@@ -109,7 +122,7 @@ def _examples(draw: st.DrawFn, schedule: type[Schedule]) -> Example:
 def _options(draw: st.DrawFn, schedule: type[Schedule], architecture: str) -> dict[str, Any]:
     """Values for the tile, if there is a choice, and for some of the other switches."""
     options = {}
-    for name, values in values_of(schedule, architecture).items():  # type: ignore[arg-type]
+    for name, values in values_of(schedule, architecture).items():
         if values and (name in TILES or draw(st.booleans())):
             options[name] = draw(st.sampled_from(values))
     return options
@@ -118,10 +131,10 @@ def _options(draw: st.DrawFn, schedule: type[Schedule], architecture: str) -> di
 def _tile(schedule: type[Schedule], architecture: str, options: dict[str, Any]) -> tuple[int, int]:
     plain = AttentionProblem(**PLAIN, dtype=schedule.dtypes[0], mask=schedule.masks[0])  # type: ignore[arg-type]
     try:
-        kernel = schedule.configure(plain, architecture, options).kernels(plain)[0]
+        kernel = configured(schedule, plain, load_device(GPUS[architecture]), options).kernels(plain)[0]
     except InputError:
         reject()
-    except Exception:
+    except SimulationError:
         return TILES["BLOCK_M"][0], TILES["BLOCK_N"][0]
     return kernel.BLOCK_M, kernel.BLOCK_N
 

@@ -17,7 +17,7 @@ from flashsim.numerics.functional import judge, run_tensors
 from flashsim.problem import AttentionProblem
 from flashsim.result import Functional
 from flashsim.schedules import Schedule
-from flashsim.simulate import naming_lines_of, run_kernels
+from flashsim.simulate import configured, naming_lines_of, run_kernels
 from flashsim.testing.cases import AttentionCase
 
 KINDS = ("tensor", "exp", "fma", "alu", "pack", "smem", "tma", "issue", "link", "memory", "latency", "barrier", "fill",
@@ -91,8 +91,8 @@ class Example:
         device, problem = self.device, self.problem
         tensors = run_tensors(problem, *self.attention.qkv)
         settings = Options(draw=latencies.draw(), tensors=tensors, rounded=self.rounded, trace=trace)
+        chosen = configured(self.schedule, problem, device, self.options)
         with naming_lines_of(self.schedule), np.errstate(all="ignore"):
-            chosen = self.schedule.configure(problem, device.architecture, self.options)
             run_kernels(problem, chosen, device, device.clock.datasheet_mhz, settings)
         return tensors
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flashsim.check.draw import NothingAccepted, for_examples
+from flashsim.check.draw import NothingAccepted, architectures_of, for_examples, values_of
 from flashsim.check.example import Example, Latencies
 from flashsim.check.timeline import timeline
 from flashsim.errors import InputError, SimulationError
@@ -83,6 +83,8 @@ def check(
     exist, cannot be run, or accepts no problem that is tried.
     """
     kind = load_schedule(schedule)
+    for architecture in architectures_of(kind):
+        values_of(kind, architecture)  # what does not end there ends the check
     search = _Search(progress)
     try:
         for_examples(kind, examples, seed, search.run)

@@ -4,7 +4,6 @@ from flashsim.engine.barrier import Barrier, Completion, PhaseWait, Turn, TurnWa
 from flashsim.engine.causality import Access, Clock, Memory, Timeline, join
 from flashsim.engine.server import Server
 from flashsim.engine.simulation import Event, Simulation, Steps
-from flashsim.engine.watchdog import Stuck
 
 __all__ = [
     "Access",
@@ -17,7 +16,6 @@ __all__ = [
     "Server",
     "Simulation",
     "Steps",
-    "Stuck",
     "Timeline",
     "Turn",
     "TurnWait",

@@ -8,9 +8,9 @@ from typing import Any
 
 import simpy
 
-from flashsim.engine.watchdog import PATIENCE_S, Stuck, Watchdog
 from flashsim.errors import EndlessRun, SimulationError
 from flashsim.units import cycle_of
+from flashsim.watchdog import PATIENCE_S, Stuck, Watchdog
 
 Event = simpy.Event
 Steps = Generator[Event, Any, None]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from flashsim.engine import Clock, Completion, Steps, Stuck, Wait, join
+from flashsim.engine import Clock, Completion, Steps, Wait, join
 from flashsim.errors import EndlessRun, FlashsimError, SimulationError, line_of
 from flashsim.machine.buffers import Buffer, View
 from flashsim.machine.copies import Load, Store
@@ -19,6 +19,7 @@ from flashsim.machine.trace import slots_awaited
 from flashsim.schedules.base import Role
 from flashsim.schedules.verbs import MapOp, Program, ReduceOp
 from flashsim.units import cycle_of
+from flashsim.watchdog import Stuck
 
 if TYPE_CHECKING:
     from flashsim.machine.cta import CTA

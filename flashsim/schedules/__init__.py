@@ -9,8 +9,9 @@ from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType
 
-from flashsim.errors import InputError, unknown
+from flashsim.errors import InputError, line_of, unknown
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, Switch, switch
+from flashsim.watchdog import Stuck, Watchdog
 
 BUILT_IN = {"standard": "Standard", "fa2": "FA2", "fa3": "FA3"}
 """File name to class name."""
@@ -60,9 +61,12 @@ def _from_file(path: Path, class_name: str) -> type[Schedule]:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # dataclasses look their module up by name
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        with Watchdog():
+            spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         raise InputError(f"schedule file {path} cannot be run: {type(error).__name__}: {error}") from None
+    except Stuck as error:
+        raise InputError(f"{line_of(error, within=str(path))}: the file does not come to its end") from None
     own = {
         key: value
         for key, value in vars(module).items()

@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import configuration, settings
 
-from flashsim import schedules
+from flashsim import schedules, watchdog
 from flashsim.check import prove
 from flashsim.check.draw import drawn_examples, values_of
 from flashsim.check.example import KINDS, Example, Latencies, NotAccepted
 from flashsim.check.prove import Report, check
 from flashsim.check.words import report_lines
-from flashsim.engine import watchdog
 from flashsim.errors import InputError
 from flashsim.machine.sm import UNITS
 from flashsim.masks import SPELLING

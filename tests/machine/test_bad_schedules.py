@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from flashsim.engine import watchdog
+from flashsim import watchdog
+from flashsim.check.prove import check
 from flashsim.errors import Deadlock, EndlessRun, InputError, SimulationError
 from flashsim.problem import AttentionProblem
-from flashsim.schedules import fa2
+from flashsim.schedules import fa2, load_schedule
 from flashsim.simulate import simulate
 
 PROBLEM = AttentionProblem(batch=1, heads_q=1, seqlen_q=64, head_dim=16)
@@ -110,6 +111,45 @@ def test_a_mistake_outside_of_the_program(old: str, new: str, tmp_path: Path) ->
     found = message_of(path)
     assert found.startswith(f"{line_in(path, new.strip())}: ")
     assert "Error: " in found
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (
+            '            everybody=cta.sync("everybody", self.warpgroups(p)),\n',
+            "            everybody=[None for _ in iter(int, 1)],\n",
+        ),
+        ("            stats=Statistics.declare(regs, rows),\n", "            stats=[None for _ in iter(int, 1)],\n"),
+        ("        rows, keys = tile_size(", "        while True: pass\n        rows, keys = tile_size("),
+    ],
+    ids=["shared", "registers", "defaults"],
+)
+def test_a_loop_outside_of_the_program(old: str, new: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "PATIENCE_S", 0.2)
+    path = edited(tmp_path, old, new)
+    found = message_of(path, kind=EndlessRun)
+    assert found == f"{line_in(path, new.splitlines()[0].strip())}: does not come to its end"
+    with pytest.raises(EndlessRun, match="does not come to its end"):
+        check(f"{path}:FA2", 10)
+
+
+@pytest.mark.parametrize("text", ["while True:\n    pass\n", "def f():\n    while True: pass\n\nf()\n"])
+def test_a_file_that_cannot_be_loaded_because_it_never_ends(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "PATIENCE_S", 0.2)
+    path = tmp_path / "bad.py"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=r"bad.py:\d+: the file does not come to its end"):
+        load_schedule(f"{path}:FA2")
+
+
+def test_a_file_that_exits_is_bad_input(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text("import sys\nsys.exit(3)\n", encoding="utf-8")
+    with pytest.raises(InputError, match="cannot be run: SystemExit: 3"):
+        load_schedule(f"{path}:FA2")
 
 
 def test_a_run_that_ends_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

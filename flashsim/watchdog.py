@@ -20,13 +20,14 @@ class Stuck(BaseException):
 
 
 class Watchdog:
-    """While this context is open, `pulse()` must change every PATIENCE_S seconds in which the process computes.
+    """While this context is open, `pulse()` must change every PATIENCE_S seconds in which the process computes; without
+    one, the context must be left by then.
 
     Otherwise Stuck is raised in the thread that opened it, at its next Python instruction. Without CPython it does
     nothing. Time in which the process does not run, a laptop's sleep or a debugger's pause, does not count.
     """
 
-    def __init__(self, pulse: Callable[[], int]) -> None:
+    def __init__(self, pulse: Callable[[], int] = lambda: 0) -> None:
         self._pulse = pulse
         self._thread = threading.get_ident()
         self._over = threading.Event()
