@@ -111,11 +111,13 @@ def naming_lines_of(schedule: type[Schedule]) -> Iterator[None]:
         yield
     except FlashsimError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit, GeneratorExit) as error:
         module = sys.modules.get(schedule.__module__)
         line = line_of(error, within=getattr(module, "__file__", None) or "")
         if line is None:
-            raise
+            if schedule.__module__.startswith("flashsim.schedules."):
+                raise  # a mistake of ours
+            line = f"schedule {schedule.name()} does not run"
         raise SimulationError(f"{line}: {type(error).__name__}: {error}") from error
     except Stuck as error:
         module = sys.modules.get(schedule.__module__)

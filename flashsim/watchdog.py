@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -11,6 +13,8 @@ from typing import Self
 
 PATIENCE_S = 10.0
 """Seconds of computing without a sign of life. The longest honest step, a product of a functional run, takes 0.1 s."""
+TRIES = 3
+"""Who is still at it after so many exceptions catches them all, and can only be ended with the process."""
 CHECKS = 20
 """In that time."""
 
@@ -43,14 +47,19 @@ class Watchdog:
             self._over.set()
 
     def _watch(self) -> None:
-        last, since = self._pulse(), time.process_time()
+        last, since, tries = self._pulse(), time.process_time(), 0
         while not self._over.wait(PATIENCE_S / CHECKS):
             pulse = self._pulse()
             if pulse != last:
                 last, since = pulse, time.process_time()
             elif time.process_time() - since > PATIENCE_S:
                 with self._lock:
-                    if not self._over.is_set():
-                        thread = ctypes.c_ulong(self._thread)
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Stuck))
-                return
+                    if self._over.is_set():
+                        return
+                    tries += 1
+                    if tries > TRIES:
+                        sys.stderr.write("error: a program loops for ever and catches every exception\n")
+                        os._exit(1)
+                    thread = ctypes.c_ulong(self._thread)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, ctypes.py_object(Stuck))
+                since = time.process_time()

@@ -17,7 +17,8 @@ from flashsim.check.example import KINDS, MODES, Example, Latencies
 from flashsim.devices import load_device
 from flashsim.errors import EndlessRun, InputError, SimulationError
 from flashsim.machine.feasibility import fit
-from flashsim.problem import AttentionProblem
+from flashsim.masks import SPELLING
+from flashsim.problem import DTYPES, AttentionProblem
 from flashsim.schedules import Schedule, Switch
 from flashsim.simulate import configured
 from flashsim.testing.cases import attention_inputs
@@ -30,12 +31,14 @@ TILES = {"BLOCK_M": (64, 128, 192, 256), "BLOCK_N": (16, 32, 48, 64, 80, 128)}
 """Tried, from the smallest; what the schedule refuses is left out."""
 ROUND, FAR_APART = 10, 2**32
 """Hypothesis draws ten examples, and from then on five variations of each: in rounds of ten, all are different."""
-FEW = 4
-"""A whole number that is no tile is tried from 1 to this."""
-HEAD_DIMS = (16, 32, 40, 64)
-MAX_TILES = (3, 6)
-MAX_FLOPS = 2e7
-"""Of a problem: a few milliseconds in float64."""
+FEW, MANY = 4, 16
+"""A whole number that is no tile is tried from 1 to the first of these, and at the largest up to the second."""
+SHIPPED = (False, False, False, False, True)
+"""Once in five examples, the tile is the one that the schedule ships with, and the head dims go with it."""
+HEAD_DIMS, SHIPPED_HEAD_DIMS = (16, 32, 40, 64), (64, 96, 128, 192, 256)
+MAX_TILES, SHIPPED_MAX_TILES = (3, 6), (2, 3)
+MAX_FLOPS, SHIPPED_MAX_FLOPS = 2e7, 1e8
+"""Of a problem: some milliseconds in float64."""
 PLAIN = {"batch": 1, "heads_q": 1, "seqlen_q": 512, "head_dim": 64}
 
 
@@ -53,9 +56,9 @@ def _values_of(schedule: type[Schedule], architecture: str) -> dict[str, tuple[A
     plain = AttentionProblem(**PLAIN, dtype=schedule.dtypes[0], mask=schedule.masks[0])  # type: ignore[arg-type]
     accepted = {}
     for switch in schedule.switches():
-        accepted[switch.name] = tuple(
-            value for value in _candidates(switch) if _accepts(schedule, plain, architecture, {switch.name: value})
-        )
+        possible = _candidates(switch)
+        found = tuple(value for value in possible if _accepts(schedule, plain, architecture, {switch.name: value}))
+        accepted[switch.name] = _few(switch, found)
     return accepted
 
 
@@ -64,11 +67,29 @@ def _candidates(switch: Switch) -> tuple[Any, ...]:
         return TILES[switch.name]
     if switch.type_name == "bool":
         return (False, True)
-    return tuple(range(1, FEW + 1)) if switch.type_name == "int" else switch.choices
+    return tuple(range(1, MANY + 1)) if switch.type_name == "int" else switch.choices
+
+
+def _few(switch: Switch, accepted: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of many whole numbers the smallest, and the largest."""
+    if switch.type_name != "int" or switch.name in TILES:
+        return accepted
+    return tuple(value for value in accepted if value <= FEW or value == accepted[-1])
 
 
 def architectures_of(schedule: type[Schedule]) -> list[str]:
-    """Those on which the schedule is tried."""
+    """Those on which the schedule is tried. Raises InputError for one that says of itself that it runs nowhere."""
+    problems = [
+        f"schedule {schedule.name()} names no {what} that is known (it names: {', '.join(map(str, has)) or 'none'})"
+        for what, has, known in (
+            ("architecture", schedule.architectures, GPUS),
+            ("dtype", schedule.dtypes, DTYPES),
+            ("mask", schedule.masks, SPELLING),
+        )
+        if not set(has) & set(known)
+    ]
+    if problems:
+        raise InputError(problems)
     return [name for name in GPUS if name in schedule.architectures]
 
 
@@ -93,15 +114,16 @@ def examples_of(schedule: type[Schedule]) -> st.SearchStrategy[Example]:
 def _examples(draw: st.DrawFn, schedule: type[Schedule]) -> Example:
     architecture = draw(st.sampled_from(architectures_of(schedule)))
     gpu = GPUS[architecture]
-    options = draw(_options(schedule, architecture))
+    shipped = draw(st.sampled_from(SHIPPED))
+    options = draw(_options(schedule, architecture, tile=not shipped))
     problem = draw(
         attention_problems(
             tile=_tile(schedule, architecture, options),
-            max_tiles=MAX_TILES,
-            head_dims=HEAD_DIMS,
+            max_tiles=SHIPPED_MAX_TILES if shipped else MAX_TILES,
+            head_dims=SHIPPED_HEAD_DIMS if shipped else HEAD_DIMS,
             masks=[kind for kind in schedule.masks if kind != "blocks"],
             dtypes=schedule.dtypes,
-            max_flops=MAX_FLOPS,
+            max_flops=SHIPPED_MAX_FLOPS if shipped else MAX_FLOPS,
         )
     )
     device = load_device(gpu)
@@ -119,11 +141,12 @@ def _examples(draw: st.DrawFn, schedule: type[Schedule]) -> Example:
 
 
 @st.composite
-def _options(draw: st.DrawFn, schedule: type[Schedule], architecture: str) -> dict[str, Any]:
-    """Values for the tile, if there is a choice, and for some of the other switches."""
+def _options(draw: st.DrawFn, schedule: type[Schedule], architecture: str, tile: bool) -> dict[str, Any]:
+    """Values for the tile, if it is not to be the schedule's own, and for some of the other switches."""
     options = {}
     for name, values in values_of(schedule, architecture).items():
-        if values and (name in TILES or draw(st.booleans())):
+        wanted = tile if name in TILES else draw(st.booleans())
+        if values and wanted:
             options[name] = draw(st.sampled_from(values))
     return options
 

@@ -14,6 +14,7 @@ from flashsim.errors import SimulationError
 from flashsim.machine.options import Options
 from flashsim.machine.trace import Trace
 from flashsim.numerics.functional import judge, run_tensors
+from flashsim.numerics.reference import attention_reference
 from flashsim.problem import AttentionProblem
 from flashsim.result import Functional
 from flashsim.schedules import Schedule
@@ -101,7 +102,7 @@ class Example:
         tensors = self.compute(Latencies())
         found = judge(self.problem, tensors, self.rounded, self.schedule.stores_scores)
         if not found.accepted:
-            raise NotAccepted(f"wrong numbers: {_errors(found, tensors)}")
+            raise NotAccepted(f"wrong numbers: {_errors(self.problem, found, tensors)}")
         return tensors
 
     def check(self) -> None:
@@ -117,9 +118,33 @@ class Example:
                     raise NotAccepted(f"{name} depends on latencies: other bits where they are {self.latencies}")
 
 
-def _errors(found: Functional, tensors: dict[str, Any]) -> str:
-    """How far off the results are, in words."""
+def _errors(problem: AttentionProblem, found: Functional, tensors: dict[str, Any]) -> str:
+    """How far off the results are, and where, in words."""
     unwritten = [name for name in ("O", "LSE") if np.isnan(tensors[name]).any()]
     if unwritten:
-        return f"{' and '.join(unwritten)} not written, or not a number"
-    return f"errors up to {found.max_abs_error:.2g} in O and {found.lse_max_abs_error:.2g} in LSE"
+        return f"{' and '.join(unwritten)} not written, or not a number{_rows(np.isnan(tensors[unwritten[0]]))}"
+    o, lse = attention_reference(tensors["Q"], tensors["K"], tensors["V"], problem.mask)
+    with np.errstate(invalid="ignore"):
+        off = {"O": np.abs(tensors["O"] - o), "LSE": np.abs(tensors["LSE"] - lse.transpose(0, 2, 1))}
+    errors = {"O": found.max_abs_error, "LSE": found.lse_max_abs_error}
+    # What is off by more than a tenth of the largest error: rounding is left out.
+    return " and ".join(
+        f"errors up to {error:.2g} in {name}" + (_rows(off[name] > error / 10) if error > 0 else "")
+        for name, error in errors.items()
+    )
+
+
+def _rows(wrong: Any) -> str:
+    """The rows with a wrong element: batch entries, heads and queries."""
+    wrong = wrong.any(axis=tuple(range(3, wrong.ndim)))
+    if not wrong.any():
+        return ""
+    batch, rows, heads = (np.unique(axis) for axis in np.nonzero(wrong))
+    return f" ({np.sum(wrong)} of {wrong.size} rows: batch {_span(batch)}, heads {_span(heads)}, queries {_span(rows)})"
+
+
+def _span(numbers: Any) -> str:
+    first, last = int(numbers[0]), int(numbers[-1])
+    if first == last:
+        return str(first)
+    return f"{first} to {last}" if last - first + 1 == len(numbers) else f"{len(numbers)} of {first} to {last}"

@@ -171,9 +171,11 @@ class TurnWait:
 class Completion:
     """The end of one operation. `done` is called once, at the tick at which the operation ends."""
 
-    __slots__ = ("_waiting", "clock", "delay", "finished", "sim", "what")
+    __slots__ = ("_waiting", "clock", "delay", "finished", "owner", "sim", "what")
 
     def __init__(self, sim: Simulation, what: object, clock: Clock | None = None) -> None:
+        self.owner: object = None
+        """Who alone can wait for it, if only one can."""
         self.delay = 0
         self.sim = sim
         self.what = what

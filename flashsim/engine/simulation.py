@@ -8,7 +8,7 @@ from typing import Any
 
 import simpy
 
-from flashsim.errors import EndlessRun, SimulationError
+from flashsim.errors import EndlessRun
 from flashsim.units import cycle_of
 from flashsim.watchdog import PATIENCE_S, Stuck, Watchdog
 
@@ -69,7 +69,7 @@ class Simulation:
         try:
             with Watchdog(lambda: self.events):
                 self._env.run()
-        except SimulationError as error:
+        except Exception as error:
             # simpy raises a copy of what a process raised, with the original as its cause.
             original = error.__cause__ if type(error.__cause__) is type(error) else error
             raise original from original.__cause__

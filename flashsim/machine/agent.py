@@ -8,12 +8,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from flashsim.engine import Clock, Completion, Steps, Wait, join
-from flashsim.errors import EndlessRun, FlashsimError, SimulationError, line_of
+from flashsim.errors import EndlessRun, Hazard, Race, SimulationError, line_of
 from flashsim.machine.buffers import Buffer, View
 from flashsim.machine.copies import Load, Store
 from flashsim.machine.operations import Batch, Overhead, Signal
 from flashsim.machine.products import AsyncProduct, SyncProduct
 from flashsim.machine.record import Record
+from flashsim.machine.statements import check_compute, check_copy, check_gemm
 from flashsim.machine.tiles import HbmTile, WorkTile
 from flashsim.machine.trace import slots_awaited
 from flashsim.schedules.base import Role
@@ -97,13 +98,14 @@ class Agent:
                 wait = next(program)
             except StopIteration:
                 break
-            except FlashsimError:
+            except (Race, Hazard, EndlessRun):
                 raise
-            except Exception as error:
-                raise SimulationError(f"{line_of(error)}: {self.name}: {type(error).__name__}: {error}") from error
             except Stuck as error:
-                line = line_of(error, within=self.role.program.__code__.co_filename)
-                raise EndlessRun(f"{line}: {self.name} loops without ever waiting") from None
+                raise EndlessRun(f"{self._line_of(error)}: {self.name} loops without ever waiting") from None
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # SystemExit, too: nothing in a program may end the simulator
+                raise self._told(error) from error
             waits, since = (waits + 1, since) if since == self.sim.now else (0, self.sim.now)
             if waits > MAX_WAITS_AT_ONCE:
                 now = cycle_of(self.sim.now)
@@ -114,6 +116,15 @@ class Agent:
         self.finished = True
         self.cta.agent_done()
 
+    def _told(self, error: BaseException) -> SimulationError:
+        """What `error` in the program comes to, with file and line."""
+        what = str(error) if type(error) is SimulationError else f"{type(error).__name__}: {error}"
+        return SimulationError(f"{self._line_of(error)}: {self.name}: {what}", getattr(error, "memory", None))
+
+    def _line_of(self, error: BaseException) -> str | None:
+        code = getattr(self._program, "gi_code", None)
+        return line_of(error, within=code.co_filename if code else None) or line_of(error)
+
     def _issue(self) -> Steps:
         """Issue everything that the program has said."""
         self._batch = None
@@ -122,6 +133,11 @@ class Agent:
             yield from operation.perform(self)
 
     def _await(self, wait: Wait) -> Steps:
+        if isinstance(wait, Completion) and wait.owner not in (None, self):
+            raise SimulationError(
+                f"{self.where()}: {self.name} waits for {wait.describe()}, which another warpgroup has issued: only a "
+                f"barrier tells of that"
+            )
         if not hasattr(wait, "knowledge"):
             raise SimulationError(f"{self.where()}: {self.name} yields {wait!r}, which cannot be waited for")
         trace = self.cta.trace
@@ -184,22 +200,21 @@ class Agent:
             j += 1
 
     def load(self, source: HbmTile, into: View) -> Completion:
+        check_copy("load", source, into)
         completion = self._completion("load", source, into)
         effect = self.record.load(source, into, completion) if self.record else None
         self._say(Load(source, into, completion, effect))
         return completion
 
     def store(self, source: View, into: HbmTile) -> Completion:
+        check_copy("store", source, into)
         completion = self._completion("store", source, into)
         effect = self.record.store(source, into, completion) if self.record else None
         self._say(Store(source, into, completion, effect))
         return completion
 
     def gemm(self, a: View, b: View, into: View, accumulate: bool = False) -> Completion:
-        if a.shape[1] != b.shape[0] or into.shape != (a.shape[0], b.shape[1]):
-            raise SimulationError(
-                f"{self.where()}: gemm of {a.shape} and {b.shape} into {into.shape}: shapes do not fit"
-            )
+        check_gemm(a, b, into)
         completion = self._completion("gemm", a, b, into)
         asynchronous = self.cta.kernel.mma == "wgmma"
         effect = self.record.gemm(a, b, into, accumulate, completion, asynchronous) if self.record else None
@@ -207,7 +222,7 @@ class Agent:
         return completion
 
     def map(self, op: MapOp, *operands: Any, into: View) -> Completion:
-        views = tuple(operand for operand in operands if isinstance(operand, View))
+        views = tuple(operand for operand in operands if isinstance(operand, View | HbmTile))
         return self._compute("map", op, views, into, operands)
 
     def reduce(self, op: ReduceOp, tile: View, into: View) -> Completion:
@@ -216,10 +231,9 @@ class Agent:
     def convert(self, tile: View, into: View) -> Completion:
         return self._compute("convert", "", (tile,), into, ())
 
-    def _compute(
-        self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]
-    ) -> Completion:
+    def _compute(self, verb: str, op: str, views: tuple[Any, ...], into: View, operands: tuple[Any, ...]) -> Completion:
         """Add a register operation to the batch that the text is in the middle of."""
+        check_compute(verb, op, views, into, operands)
         batch = self._batch
         if batch is None:
             batch = Batch(Completion(self.sim, "register operations"))
@@ -239,10 +253,12 @@ class Agent:
 
     def _bound(self, operations: int) -> None:
         if operations > MAX_OPERATIONS:
-            raise SimulationError(f"{self.where()}: {self.name} issues {operations} operations and waits for none")
+            raise SimulationError(f"issues {operations} operations and waits for none")
 
     def _completion(self, verb: str, *parts: object) -> Completion:
-        return Completion(self.sim, Phrase(verb, *parts))
+        completion = Completion(self.sim, Phrase(verb, *parts))
+        completion.owner = self
+        return completion
 
 
 def _running_in(file: str) -> FrameType | None:

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
+def check_rows(start: int, count: int, rows: int) -> None:
+    """Raises IndexError unless [start, start + count) are some of the `rows` of a tile."""
+    if start < 0 or count < 1 or start + count > rows:
+        raise IndexError(f"rows {start} to {start + count - 1} of a tile that has rows 0 to {rows - 1}")
+
+
 class Buffer:
     """One tile of memory: `shape` elements of `dtype` at a `place`."""
 
@@ -100,6 +106,7 @@ class View:
         return View(self.buffer, self.start, self.count, not self.flipped)
 
     def rows(self, start: int, count: int) -> View:
+        check_rows(start, count, self.count)
         if start == 0 and count == self.count:
             return self
         return View(self.buffer, self.start + start, count, self.flipped)

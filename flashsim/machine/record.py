@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from flashsim.engine import Access, Clock, Completion, Timeline
-from flashsim.errors import Hazard, SimulationError
+from flashsim.errors import FlashsimError, Hazard, SimulationError
 from flashsim.machine.buffers import Buffer, View
 from flashsim.machine.shared_hbm import INPUTS
 from flashsim.machine.tiles import HbmTile
-from flashsim.machine.trace import Touch, until_its_end
+from flashsim.machine.trace import Touch
 
 if TYPE_CHECKING:
     from flashsim.machine.agent import Agent
@@ -55,12 +55,29 @@ class Record:
 
     def _in_hbm(self, tile: HbmTile, on: Timeline, number: int, known: Clock, what: str, stored: bool = False) -> None:
         if stored and tile.tensor in INPUTS:
-            raise SimulationError(f"{self.agent.where()}: {what} writes over an input")
+            raise SimulationError(f"{what} writes over an input")
         access = Access(on, number, tile.row_span, what, self.agent.sim.now)
         hbm = self.agent.cta.hbm
         assert hbm is not None
         for memory in hbm.of(tile):
             (memory.write if stored else memory.read)(access, known)
+
+    def _until_its_end(self, touch: Touch | None, effect: Effect) -> Effect:
+        """`effect`, which is called when the operation ends; tells the trace, and where it was said if it fails."""
+        where = self.agent.where()
+
+        def ended() -> None:
+            try:
+                effect()
+            except FlashsimError:
+                raise
+            except Exception as error:
+                name = self.agent.name
+                raise SimulationError(f"{where}: {name}: {type(error).__name__}: {error}") from error
+            if touch:
+                touch.end = self.agent.sim.now
+
+        return ended
 
     def _note(self, who: str, what: object, reads: tuple[View, ...], into: View | None) -> Touch | None:
         trace = self.agent.cta.trace
@@ -92,7 +109,7 @@ class Record:
             self._in_hbm(source, on, number, known, str(completion.what))
         tensors = self.agent.cta.tensors
         assert tensors is not None
-        return until_its_end(touch, self.agent, lambda: into.assign(source.read(tensors)))
+        return self._until_its_end(touch, lambda: into.assign(source.read(tensors)))
 
     def store(self, source: View, into: HbmTile, completion: Completion) -> Effect:
         tensors = self.agent.cta.tensors
@@ -107,11 +124,11 @@ class Record:
             def effect() -> None:
                 into.write(tensors, self._round(source.numbers(), into.dtype))
 
-            return until_its_end(touch, self.agent, effect)
+            return self._until_its_end(touch, effect)
         number, known = self._asynchronous(self._stores, completion, in_order=True)
         self._read(source, self._stores, number, known, what)
         self._in_hbm(into, self._stores, number, known, what, stored=True)
-        return until_its_end(touch, self.agent, lambda: into.write(tensors, source.numbers()))
+        return self._until_its_end(touch, lambda: into.write(tensors, source.numbers()))
 
     def gemm(
         self, a: View, b: View, into: View, accumulate: bool, completion: Completion, asynchronous: bool
@@ -134,7 +151,7 @@ class Record:
             product = a.numbers() @ b.numbers()
             into.assign(self._round(into.numbers() + product if accumulate else product, into.dtype))
 
-        return until_its_end(touch, self.agent, effect)
+        return self._until_its_end(touch, effect)
 
     def compute(self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]) -> Effect:
         """A register operation, ordered by the scoreboard."""
@@ -167,15 +184,15 @@ class Record:
                 result = arrays[0].copy()
             into.assign(self._round(result, into.dtype))
 
-        return until_its_end(touch, self.agent, effect)
+        return self._until_its_end(touch, effect)
 
-    def _allowed(self, scores: View, tile: Any, j: int) -> Any:
-        """Which scores of this warpgroup's rows the mask leaves."""
+    def _allowed(self, scores: View, tile: Any, j: int, first_row: int | None = None) -> Any:
+        """Which scores the mask leaves; they are of the work tile's rows from `first_row` on."""
         import numpy as np
 
         from flashsim.problem import allowed
 
         rows, columns = scores.shape
-        first_row = tile.row0 + self.agent.index * rows
+        first_row = tile.row0 + (self.agent.index * rows if first_row is None else first_row)
         first_column = tile.block(j) * columns
         return allowed(self.agent.problem, first_row + np.arange(rows), first_column + np.arange(columns), tile.batch)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from flashsim.machine.buffers import ELEMENT_BYTES
+from flashsim.machine.buffers import ELEMENT_BYTES, check_rows
 from flashsim.masks import KVWalk
 from flashsim.problem import AttentionProblem, kv_tiles
 from flashsim.schedules.base import Kernel
@@ -50,6 +50,7 @@ class HbmTile:
         self.key = (tensor, batch, head, *origin)
 
     def rows(self, start: int, count: int) -> HbmTile:
+        check_rows(start, count, self.shape[0])
         if start == 0 and count == self.shape[0]:
             return self
         origin = (self.origin[0] + start, self.origin[1])
@@ -167,7 +168,9 @@ class WorkTile:
         return HbmTile(tensor, self.batch, self.head, origin, shape, (p.seqlen_q, p.seqlen_k), p.dtype)
 
     def block(self, j: int) -> int:
-        """Which block of keys KV tile j is."""
+        """Which block of keys KV tile j is. Raises IndexError if it is none of this work tile's."""
+        if not self.first <= j <= self.last:
+            raise IndexError(f"KV tile {j} is none of this work tile's, which are {self.first} to {self.last}")
         return self._walk.block(j - self.first)
 
     def K(self, j: int) -> HbmTile:  # noqa: N802 - the paper's name

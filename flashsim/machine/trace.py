@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -50,19 +50,6 @@ class Trace:
         """What was done to any of these slots of one CTA."""
         wanted = set(names)
         return [touch for touch in self.touches if touch.cta is cta and wanted & touch.uses.keys()]
-
-
-def until_its_end(touch: Touch | None, agent: Agent, effect: Callable[[], None]) -> Callable[[], None]:
-    """`effect`, which is called when the operation ends, and then notes that it has."""
-    if touch is None:
-        return effect
-    noted = touch
-
-    def ended() -> None:
-        effect()
-        noted.end = agent.sim.now
-
-    return ended
 
 
 def slots_awaited(wait: Wait) -> dict[str, str]:

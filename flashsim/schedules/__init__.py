@@ -59,6 +59,7 @@ def _from_file(path: Path, class_name: str) -> type[Schedule]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    module.__file__ = str(path)  # as it is called in the lines of errors
     sys.modules[module_name] = module  # dataclasses look their module up by name
     try:
         with Watchdog():

@@ -128,7 +128,8 @@ class Warpgroup(Protocol):
         """into = a b, or into += a b."""
 
     def map(self, op: MapOp, *operands: Any, into: Operand) -> Awaitable:
-        """Elementwise."""
+        """Elementwise. `mask` takes scores, a work tile, the number of a KV tile, and the first of the work tile's rows
+        that the scores are of: without it, those that follow the rows of the warpgroups before this one."""
 
     def reduce(self, op: ReduceOp, tile: Operand, into: Operand) -> Awaitable:
         """Along rows, accumulating: into = op(into, op over each row of tile)."""

@@ -111,14 +111,38 @@ def test_wrong_numbers(tmp_path: Path) -> None:
     failure = check(name, 30).failure
     assert failure is not None
     assert failure.kind == "NotAccepted"
-    assert "wrong numbers: errors up to" in failure.message
+    p = failure.example.problem
+    assert re.match(r"wrong numbers: errors up to \S+ in O \(\d+ of \d+ rows: batch ", failure.message)
+    assert p.seqlen_k > failure.example.options.get("BLOCK_N", 64)  # one tile has nothing to rescale
+
+
+def test_tiles_and_head_dims_that_a_schedule_ships_with_are_tried(tmp_path: Path) -> None:
+    """A wait that is missing only there."""
+    name = edited(
+        tmp_path,
+        "fa3",
+        "            yield pv  # 14\n",
+        "            if self.BLOCK_N not in (112, 176):\n                yield pv\n",
+    )
+    failure = check(name, 300).failure
+    assert failure is not None
+    assert failure.kind == "Race"
+    assert "BLOCK_N" not in failure.example.options
+
+
+def test_a_schedule_that_runs_nowhere_is_bad_input(tmp_path: Path) -> None:
+    name = edited(tmp_path, "fa3", '    architectures = ("hopper",)\n', '    architectures = ("blackwell",)\n')
+    with pytest.raises(InputError, match="names no architecture that is known"):
+        check(name, 10)
 
 
 def test_an_output_that_is_not_written(tmp_path: Path) -> None:
     name = edited(tmp_path, "fa2", "            wg.store(r.stats.l, into=tile.LSE.rows(*my_rows))  # 15\n", "")
     failure = check(name, 10).failure
     assert failure is not None
-    assert failure.message == "wrong numbers: LSE not written, or not a number"
+    assert failure.message == (
+        "wrong numbers: LSE not written, or not a number (1 of 1 rows: batch 0, heads 0, queries 0)"
+    )
     assert failure.example.problem.seqlen_k == 1
 
 

@@ -47,6 +47,29 @@ def line_in(path: Path, piece: str) -> str:
         ("wg.gemm(s.Q, s.K, into=r.S)", "gemm of (128, 16) and (128, 16) into (128, 128): shapes do not fit"),
         ("while True: wg.store(r.O, into=tile.O)", "issues 100001 operations and waits for none"),
         ('while True: wg.map("fill", 0.0, into=r.S)', "issues 100001 operations and waits for none"),
+        ("raise SystemExit(0)", "warps: SystemExit: 0"),
+        ("raise GeneratorExit", "warps: GeneratorExit"),
+        ("type(wg.problem)(batch=0, heads_q=1, seqlen_q=1, head_dim=1)", "warps: InputError: batch: got 0"),
+        ('wg.map("multiply", r.S, r.stats.l, into=r.S)', "unknown operation of map 'multiply', did you mean 'mul'?"),
+        ('wg.map("exp", r.S, into=r.S)', "map(exp) takes 2 tiles, got 1"),
+        ('wg.map("mul", r.S, r.O, into=r.S)', "shapes do not fit"),
+        ('wg.map("fill", into=r.S)', "map(fill) takes one number, got ()"),
+        (
+            'wg.map("mask", r.S, tile, tile.last + 1, into=r.S)',
+            "KV tile 1 is none of this work tile's, which are 0 to 0",
+        ),
+        ('wg.map("mask", r.S, into=r.S)', "map(mask) takes scores, a work tile and the number of a KV tile, got ()"),
+        ('wg.reduce("min", r.S, into=r.stats.m)', "unknown operation of reduce 'min' (allowed: max, sum)"),
+        ('wg.reduce("max", r.S, into=r.S)', "reduce(max) of (128, 128) into (128, 128): shapes do not fit"),
+        ("wg.convert(r.O, into=r.S)", "convert of (128, 16) into (128, 128): shapes do not fit"),
+        ("wg.load(tile.Q.rows(0, 32), into=s.Q)", "load of (32, 16) into (128, 16): shapes do not fit"),
+        ("wg.load(s.Q, into=tile.Q)", "load goes from HBM to the SM, got Q into Q(batch 0, head 0, rows 0 to 127)"),
+        ("wg.store(r.O, into=tile.O.rows(0, 64))", "store of (128, 16) into (64, 16): shapes do not fit"),
+        ("s.Q.rows(96, 64)", "IndexError: rows 96 to 159 of a tile that has rows 0 to 127"),
+        ("tile.Q.rows(-1, 64)", "IndexError: rows -1 to 62 of a tile that has rows 0 to 127"),
+        ("wg.gemm(tile.Q, s.K.T, into=r.S)", "gemm takes tiles in shared memory and registers, got Q(batch 0"),
+        ("wg.gemm(s.Q, s.K.T, into=s.V)", "gemm of (128, 16) and (16, 128) into (128, 16): shapes do not fit"),
+        ("wg.gemm(r.S, s.V, into=r.O)", "gemm of fp32 and fp16: both must be of one 16-bit dtype"),
     ],
 )
 @pytest.mark.parametrize("functional", [True, False])
@@ -111,6 +134,34 @@ def test_a_mistake_outside_of_the_program(old: str, new: str, tmp_path: Path) ->
     found = message_of(path)
     assert found.startswith(f"{line_in(path, new.strip())}: ")
     assert "Error: " in found
+
+
+def test_a_mistake_is_named_by_a_relative_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = edited(
+        tmp_path, '            everybody=cta.sync("everybody", self.warpgroups(p)),\n', "            everybody=1 / 0,\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert (
+        message_of(Path("bad.py"))
+        == f"bad.py:{line_in(path, '1 / 0').rpartition(':')[2]}: ZeroDivisionError: division by zero"
+    )
+
+
+def test_what_a_function_returns_is_no_kernel(tmp_path: Path) -> None:
+    path = edited(tmp_path, "        return max(1, self.BLOCK_M // (64 if wide else 128))\n", "        return 1.5\n")
+    assert "TypeError" in message_of(path)
+    path = edited(tmp_path, '        return {"BLOCK_M": rows, "BLOCK_N": keys}\n', "        return None\n")
+    assert message_of(path).startswith("schedule fa2 does not run: AttributeError: ")
+
+
+def test_only_who_issued_a_copy_can_wait_for_it(tmp_path: Path) -> None:
+    """cp.async.wait_group knows a thread's own copies; others need a barrier."""
+    copies = "s.everybody.copies = [*getattr(s.everybody, 'copies', []), q]"
+    waits = f"                {copies}\n                yield s.everybody.copies[0]\n"
+    path = edited(tmp_path, BEFORE, BEFORE + waits)
+    problem = AttentionProblem(batch=1, heads_q=1, seqlen_q=256, head_dim=16)
+    with pytest.raises(SimulationError, match="which another warpgroup has issued: only a barrier tells of that"):
+        simulate(problem, f"{path}:FA2", options={"BLOCK_M": 256})
 
 
 @pytest.mark.parametrize(
