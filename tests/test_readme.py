@@ -48,7 +48,9 @@ def test_a_check_of_the_loop_without_a_wait(
     Path("my_fa3.py").write_text(text.replace("            yield pv  # 14\n", ""), encoding="utf-8")
     command, _, expected = shown.partition("\n")
     assert main(command.split()[2:]) == 1
-    assert capsys.readouterr().out == expected
+    # Which example is the first to fail is Hypothesis's own affair, and another one's in another version.
+    number = re.compile(r"in example \d+$", flags=re.MULTILINE)
+    assert number.sub("", capsys.readouterr().out) == number.sub("", expected)
 
 
 def test_the_scenario_reads(tmp_path: Path) -> None:
