@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import io
+import re
+import sys
+import tokenize
+from pathlib import Path
+
 from flashsim.check.mutants import Mutant
+from flashsim.schedules import BUILT_IN, Schedule, load_schedule
+
+WRITTEN = re.compile(r"#\s*equivalent:\s*(\S.*)")
+"""A comment that says why the mutants of the statement on its line are right."""
 
 TIME_ONLY = "a turn orders products in time; no data depends on it"
 WAITS_TOO_EARLY = "all that came after the wait still does; the statement that stood before it now waits, too"
@@ -53,10 +65,48 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
 """By built-in schedule: (function, statement, change)."""
 
 
-def reason_for(schedule: str, mutant: Mutant) -> str | None:
-    """Why `mutant` of `schedule` need not be noticed; None if nobody has said so."""
+def source_of(kind: type[Schedule]) -> str:
+    """The text of the file in which a schedule is defined."""
+    file = sys.modules[kind.__module__].__file__
+    assert file is not None
+    return importlib.util.decode_source(Path(file).read_bytes())
+
+
+def reason_for(mutant: Mutant, class_name: str, source: str) -> str | None:
+    """Why `mutant` of the schedule `class_name` in a file with the text `source` need not be noticed.
+
+    None if nobody has said so. What is written here for a built-in schedule is said of a class of the same name too,
+    while the function in which the statement stands is the built-in's, but for its comments.
+    """
+    if written := _comment(mutant, source):
+        return written
     if mutant.change == "earlier" and mutant.of_a_turn:
         return TIME_ONLY
     if mutant.change == "earlier" and mutant.only_waits:
         return WAITS_TOO_EARLY
-    return EQUIVALENT.get(schedule, {}).get(mutant.key)
+    for name, built_in in BUILT_IN.items():
+        reason = EQUIVALENT.get(name, {}).get(mutant.key)
+        if reason is not None and built_in == class_name:
+            ours = _functions(source_of(load_schedule(name)), mutant.function)
+            around = [one for one in _functions(source, mutant.function) if one[0] <= mutant.line <= one[1]]
+            if around and around[-1][2] in {text for _, _, text in ours}:
+                return reason
+    return None
+
+
+def _comment(mutant: Mutant, source: str) -> str | None:
+    """The reason that is written beside the statement, on one of its lines."""
+    lines = range(mutant.line, mutant.line + mutant.statement.count("\n") + 1)
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT and token.start[0] in lines and (found := WRITTEN.search(token.string)):
+            return found[1].strip()
+    return None
+
+
+def _functions(source: str, name: str) -> list[tuple[int, int, str]]:
+    """First line, last line and text without comments of the functions called `name`, outer ones first."""
+    return [
+        (node.lineno, node.end_lineno or node.lineno, ast.unparse(node))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef) and node.name == name
+    ]

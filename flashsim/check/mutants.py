@@ -117,7 +117,7 @@ def _changes(value: ast.expr) -> Iterator[tuple[str, str]]:
     if isinstance(value, ast.Yield) and value.value is not None:
         awaited = value.value
         if isinstance(awaited, ast.Call) and _method(awaited) in VERBS:
-            yield "not awaited", ast.unparse(awaited)
+            yield "not awaited", f"{ast.unparse(awaited)}; {STILL_A_GENERATOR}"
         else:
             yield "removed", STILL_A_GENERATOR
         # A turn's `wait` is a pure question; a sync's also says that this warpgroup has come.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,8 +53,8 @@ class Report:
 
     @property
     def replay(self) -> str:
-        """The command that does the same again."""
-        return f"flashsim check {self.schedule} --examples {self.asked} --seed {self.seed}"
+        """The command that does the same again, quoted for a shell."""
+        return f"flashsim check {shlex.quote(self.schedule)} --examples {self.asked} --seed {self.seed}"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data with stable keys, as `--json` prints it."""
@@ -119,20 +120,22 @@ class _Search:
             raise error.with_traceback(None)
 
     def _error(self, example: Example) -> SimulationError | None:
-        if not self._failed:
+        first = not self._failed
+        if first:
             self.tried += 1
-            self._progress()
             self._until = time.monotonic() + SHRINKING_S
         elif time.monotonic() > self._until:
             return None  # looked for long enough: nothing fails any more but what has failed before
-        begin = time.monotonic()
+        begin, found = time.monotonic(), None
         try:
             example.check()
         except SimulationError as error:
             if time.monotonic() - begin > SLOW_S:
                 self._until = 0.0
-            return error
-        return None
+            found = error
+        if first:
+            self._progress()
+        return found
 
 
 def _timeline(example: Example, error: SimulationError) -> list[str]:

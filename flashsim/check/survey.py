@@ -8,26 +8,30 @@ is invalid and proves nothing.
 from __future__ import annotations
 
 import os
+import shlex
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from flashsim.analysis.parallel import in_order
-from flashsim.check.draw import drawn_examples
-from flashsim.check.equivalent import reason_for
+from flashsim.check.draw import NothingAccepted, drawn_examples
+from flashsim.check.equivalent import reason_for, source_of
 from flashsim.check.example import Example
 from flashsim.check.mutants import EXECUTED, Mutant, mutants_of, probed
-from flashsim.errors import SimulationError
+from flashsim.errors import InputError, SimulationError
 from flashsim.schedules import Schedule, load_schedule
+from flashsim.watchdog import Stuck, Watchdog
 
-DRAWN, KEPT = 300, 96
+DRAWN, KEPT = 1000, 128
 """Examples that are drawn, and those of them that are most different from each other; more, where these miss a line."""
+MANY_TILES = 4
+"""KV tiles; more are no other case."""
 TRIED = 32
 """On so many of these, at most, a mutant runs: on such as execute its line."""
 KILLED, EQUIVALENT, INVALID, NOT_RUN, SURVIVED = "killed", "equivalent", "invalid", "not run", "survived"
@@ -54,11 +58,13 @@ class Survey:
 
     schedule: str
     verdicts: tuple[Verdict, ...]
+    complete: bool = True
+    """False if an interruption left mutants without a verdict."""
 
     @property
     def passed(self) -> bool:
         """No mutant is left without a word."""
-        return not {verdict.outcome for verdict in self.verdicts} & {SURVIVED, NOT_RUN}
+        return self.complete and not {verdict.outcome for verdict in self.verdicts} & {SURVIVED, NOT_RUN}
 
     @property
     def counts(self) -> dict[str, int]:
@@ -78,13 +84,14 @@ class Survey:
 
 def mutants_in(schedule: str) -> list[Mutant]:
     """The mutants of a schedule's file."""
-    return mutants_of(_source(load_schedule(schedule)))
+    return mutants_of(source_of(load_schedule(schedule)))
 
 
 def survey(schedule: str, numbers: list[int] | None = None, workers: int | None = None) -> Iterator[Verdict]:
     """Judge the mutants of `schedule` (those with these `numbers`, or all), in the order of the file.
 
-    Raises InputError for a schedule that does not exist or cannot be run.
+    Raises InputError for a schedule that does not exist, cannot be run, or accepts no problem that is tried, and
+    SimulationError for one that fails without any change. What the file prints goes to stderr.
     """
     chosen = range(len(mutants_in(schedule))) if numbers is None else numbers
     jobs = [(schedule, number) for number in chosen]
@@ -92,12 +99,20 @@ def survey(schedule: str, numbers: list[int] | None = None, workers: int | None 
 
 
 def _judge(job: tuple[str, int]) -> Verdict:
-    schedule, number = job
+    with redirect_stdout(sys.stderr):  # a worker's stdout is the program's, on which there may be JSON
+        return _verdict(*job)
+
+
+def _verdict(schedule: str, number: int) -> Verdict:
     kind = load_schedule(schedule)
-    mutant = mutants_of(_source(kind))[number]
+    source = source_of(kind)
+    mutant = mutants_of(source)[number]
     trials = _varied([example for example, lines in _trials(schedule) if mutant.line in lines], TRIED)
     outcome, how, runs = SURVIVED if trials else NOT_RUN, "", 0
-    changed = _load(mutant.source, kind)
+    try:
+        changed = _load(mutant.source, kind)
+    except InputError as refused:
+        return Verdict(mutant.function, mutant.line, mutant.statement, mutant.change, INVALID, str(refused), runs)
     for example in trials:
         runs += 1
         error = _noticed(replace(example, schedule=changed))
@@ -105,7 +120,7 @@ def _judge(job: tuple[str, int]) -> Verdict:
             invalid = isinstance(error.__cause__, NameError | AttributeError | TypeError)
             outcome, how = (INVALID, str(error.__cause__)) if invalid else (KILLED, type(error).__name__)
             break
-    if outcome == SURVIVED and (reason := reason_for(schedule, mutant)):
+    if outcome == SURVIVED and (reason := reason_for(mutant, kind.__name__, source)):
         outcome, how = EQUIVALENT, reason
     return Verdict(mutant.function, mutant.line, mutant.statement, mutant.change, outcome, how, runs)
 
@@ -122,10 +137,20 @@ def _noticed(example: Example) -> SimulationError | None:
 def _trials(schedule: str) -> list[tuple[Example, frozenset[int]]]:
     """Drawn examples and the lines of mutated statements that each executes.
 
-    Raises SimulationError if the schedule itself is wrong.
+    Raises SimulationError if the schedule itself is wrong, and InputError if it accepts none.
     """
-    kind = load_schedule(schedule)
-    text = _source(kind)
+    try:
+        return _run_unchanged(load_schedule(schedule))
+    except NothingAccepted:
+        raise InputError(f"schedule {schedule} accepts none of the problems and switches that were tried") from None
+    except SimulationError as error:
+        error.memory = None  # too much to send to another process
+        error.add_note(f"the schedule fails as it is: run flashsim check {shlex.quote(schedule)} first")
+        raise
+
+
+def _run_unchanged(kind: type[Schedule]) -> list[tuple[Example, frozenset[int]]]:
+    text = source_of(kind)
     watched = _load(probed(text), kind)
     lines: set[int] = getattr(sys.modules[watched.__module__], EXECUTED)
     unseen = {mutant.line for mutant in mutants_of(text)}
@@ -142,7 +167,7 @@ def _trials(schedule: str) -> list[tuple[Example, frozenset[int]]]:
 
 
 def _varied(examples: list[Example], count: int) -> list[Example]:
-    """`count` of them, each with as many pairs of traits as can be that those before it had not; larger ones first."""
+    """`count` of them, each with as many triples of traits as can be that those before it had not; large ones first."""
     left, ordered = {id(example): (example, _traits(example)) for example in examples}, list[Example]()
     seen: set[frozenset[object]] = set()
     while left and len(ordered) < count:
@@ -154,21 +179,31 @@ def _varied(examples: list[Example], count: int) -> list[Example]:
 
 
 def _traits(example: Example) -> set[frozenset[object]]:
-    """Every pair of what is special about an example."""
-    kind_of_mask = example.problem.mask.partition(":")[0]
-    alone = {*example.options.items(), ("mask", kind_of_mask), ("gpu", example.gpu), ("sms", example.sms)}
-    return {frozenset(pair) for pair in combinations(alone, 2)}
-
-
-def _source(kind: type[Schedule]) -> str:
-    file = sys.modules[kind.__module__].__file__
-    assert file is not None
-    return Path(file).read_text(encoding="utf-8")
+    """Every three of the things that are special about an example."""
+    p, options = example.problem, example.options
+    visited = p.mask_rule.walk(range(p.seqlen_q), options.get("BLOCK_N", 128), p.seqlen_q, p.seqlen_k).count
+    kv_tiles = min(visited, MANY_TILES)
+    alone = {*options.items(), ("mask", p.mask.partition(":")[0]), ("gpu", example.gpu), ("sms", example.sms)}
+    return {frozenset(three) for three in combinations({*alone, ("KV tiles", kv_tiles)}, 3)}
 
 
 def _load(text: str, kind: type[Schedule]) -> type[Schedule]:
-    """The class called like `kind` in a file with `text`."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "mutant.py"
-        path.write_text(text, encoding="utf-8")
-        return load_schedule(f"{path}:{kind.__name__}")
+    """The class called like `kind` in a file with `text`, which finds its neighbors where the file of `kind` does.
+
+    Raises InputError if the text cannot be run.
+    """
+    file = sys.modules[kind.__module__].__file__
+    assert file is not None
+    module = ModuleType(f"flashsim_changed_{kind.__module__.replace('.', '_')}")
+    module.__file__ = file
+    setattr(module, EXECUTED, set())  # for a statement of a probed file that runs while the file is loaded
+    sys.modules[module.__name__] = module  # dataclasses look their module up by name
+    try:
+        with Watchdog():
+            exec(compile(text, file, "exec", dont_inherit=True), vars(module))
+    except (Exception, SystemExit, Stuck) as error:
+        raise InputError(f"{file} cannot be run: {type(error).__name__}: {error}") from None
+    found = getattr(module, kind.__name__)
+    assert isinstance(found, type)
+    assert issubclass(found, Schedule)
+    return found

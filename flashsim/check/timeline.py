@@ -21,7 +21,9 @@ def timeline(trace: Trace, memory: object) -> list[str]:
         touches = trace.of_slots(trace.touches[-1].cta, names)[-LINES:]
     else:
         names = set()
-        touches = [touch for touch in trace.touches if not touch.what.startswith(("map(", "reduce("))][-LINES:]
+        touches = [
+            touch for touch in trace.touches if not touch.what.startswith(("map(", "reduce(", "waits for nothing"))
+        ][-LINES:]
     if not touches:
         return []
     first = min(touch.begin for touch in touches)

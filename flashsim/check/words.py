@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flashsim.check.prove import Report
-from flashsim.check.survey import KILLED, Survey
+from flashsim.check.survey import KILLED, SURVIVED, Survey
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 WITHOUT = "exact, and without race, hazard or deadlock"
+SAY_WHY = "survived: say why with a comment on the line, # equivalent: REASON"
 
 
 def report_lines(report: Report) -> list[str]:
@@ -49,7 +50,8 @@ def survey_table(survey: Survey) -> Table:
     return table
 
 
-def survey_line(survey: Survey) -> str:
-    """How many mutants there are, and what became of them."""
+def survey_lines(survey: Survey) -> list[str]:
+    """How many mutants there are, what became of them, and what to do about those that survived."""
     counts = {outcome: n for outcome, n in survey.counts.items() if n or outcome == KILLED}
-    return f"{survey.schedule}: {len(survey.verdicts)} mutants: " + ", ".join(f"{n} {o}" for o, n in counts.items())
+    line = f"{survey.schedule}: {len(survey.verdicts)} mutants: " + ", ".join(f"{n} {o}" for o, n in counts.items())
+    return [line, SAY_WHY] if survey.counts[SURVIVED] else [line]

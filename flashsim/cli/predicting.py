@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
+from contextlib import nullcontext, redirect_stdout
 from typing import Annotated, Any
 
 import typer
 
-from flashsim.cli.app import FAILED, OK, app, complain
+from flashsim.cli.app import FAILED, INTERRUPTED, OK, app, complain
 from flashsim.cli.show import (
     Json,
     Output,
@@ -113,7 +115,8 @@ def simulate(
     given = {key: value for key, value in given.items() if value is not None}
     given["set"], problems = read_switches(switches or (), "--set")
     values, lines, bad = check_fields(given, option, text=True)
-    case, more = CaseBuilder().build(values, option, bad)
+    with redirect_stdout(sys.stderr) if as_json else nullcontext():  # what a schedule file prints is no JSON
+        case, more = CaseBuilder().build(values, option, bad)
     problems += lines + more
     number = 0
     try:
@@ -125,16 +128,19 @@ def simulate(
     if problems or case is None:
         raise InputError(problems)
     try:
-        result = simulate(
-            case.problem,
-            case.schedule,
-            case.gpu,
-            clock_mhz=case.clock_mhz,
-            options=case.options,
-            functional=functional,
-            full=full,
-            seed=number,
-        )
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            result = simulate(
+                case.problem,
+                case.schedule,
+                case.gpu,
+                clock_mhz=case.clock_mhz,
+                options=case.options,
+                functional=functional,
+                full=full,
+                seed=number,
+            )
+    except KeyboardInterrupt:
+        return complain(["interrupted"], INTERRUPTED)
     except SimulationError as error:
         if as_json and functional:
             blank = dict.fromkeys(("max_abs_error", "mean_abs_error", "lse_max_abs_error"))

@@ -74,6 +74,7 @@ class Agent:
             self.sm.walks.append(self._walk)
         self._queue: list[Any] = []
         self._batch: Batch | None = None
+        self._program: Any = None
         fragments = role.registers(RegisterFile(cta, self)) if role.registers else None
         self._program = self._start(fragments)
 
@@ -159,6 +160,8 @@ class Agent:
     def where(self) -> str:
         """File and line of the statement at which the program stands."""
         program: Any = self._program
+        if program is None:  # it has no `yield`, and runs while it is made
+            return self.name
         frame = _running_in(program.gi_code.co_filename) if program.gi_running else _suspended_in(program)
         return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else self.name
 

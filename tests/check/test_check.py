@@ -116,8 +116,11 @@ def test_wrong_numbers(tmp_path: Path) -> None:
     assert p.seqlen_k > failure.example.options.get("BLOCK_N", 64)  # one tile has nothing to rescale
 
 
-def test_tiles_and_head_dims_that_a_schedule_ships_with_are_tried(tmp_path: Path) -> None:
+def test_tiles_and_head_dims_that_a_schedule_ships_with_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A wait that is missing only there."""
+    monkeypatch.setattr(prove, "SHRINKING_S", 1.0)
     name = edited(
         tmp_path,
         "fa3",

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +17,12 @@ import pytest
 
 from flashsim import schedules
 from flashsim.check import survey
+from flashsim.check.example import Example
 from flashsim.cli import main
 from flashsim.schedules import schedule_names
+
+ROOT = Path(__file__).parents[2]
+LOOP = "        for tile in wg.tiles():\n"
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -20,12 +31,18 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, captured.out, captured.err
 
 
+def written(path: Path, name: str, old: str, new: str) -> Path:
+    """The file `path` with the text of the built-in schedule `name`, `old` in it replaced by `new`."""
+    text = (Path(schedules.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def wrong(tmp_path: Path) -> str:
     """fa2 that does not wait for V."""
-    text = (Path(schedules.__file__).parent / "fa2.py").read_text(encoding="utf-8")
-    path = tmp_path / "wrong.py"
-    path.write_text(text.replace("                yield v\n", "                pass\n"), encoding="utf-8")
+    path = written(tmp_path / "wrong.py", "fa2", "                yield v\n", "                pass\n")
     return f"{path}:FA2"
 
 
@@ -41,6 +58,7 @@ def test_json_of_a_pass(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert json.loads(out) == {
         "passed": True,
+        "complete": True,
         "checks": [
             {
                 "schedule": "fa2",
@@ -92,18 +110,160 @@ def test_mutants(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
 
 def test_json_of_mutants(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A survivor without a reason is a failure."""
-    text = (Path(schedules.__file__).parent / "standard.py").read_text(encoding="utf-8")
-    path = tmp_path / "mine.py"
-    path.write_text(text, encoding="utf-8")
+    path = written(tmp_path / "mine.py", "standard", "class Standard(", "class Mine(")
     monkeypatch.setattr(survey, "TRIED", 4)
     monkeypatch.setattr(survey, "in_order", lambda work, items, workers: map(work, items))
-    code, out, _ = run(capsys, f"{path}:Standard", "--mutants", "--json")
+    code, out, _ = run(capsys, f"{path}:Mine", "--mutants", "--json")
     report: dict[str, Any] = json.loads(out)
     assert code == 1
+    assert report.keys() == {"passed", "complete", "surveys"}
     assert not report["passed"]
+    assert report["complete"]
     (found,) = report["surveys"]
     assert found["counts"] == {"killed": 10, "equivalent": 1, "invalid": 0, "not run": 0, "survived": 1}
     assert found["mutants"][0].keys() == {"function", "line", "statement", "change", "outcome", "how", "runs"}
+
+
+def test_the_replay_command_survives_a_shell(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Spaces and quotes in a path; the pasted command runs and says the same."""
+    path = written(tmp_path / 'it\'s "my" $HOME.py', "fa2", "                yield v\n", "")
+    code, out, _ = run(capsys, f"{path}:FA2", "--examples", "9")
+    assert code == 1
+    command = out.splitlines()[-1].removeprefix("replay: ")
+    assert shlex.split(command)[:3] == ["flashsim", "check", f"{path}:FA2"]
+    assert run(capsys, *shlex.split(command)[2:]) == (1, out, "")
+
+
+# What the user's file prints.
+
+
+@pytest.fixture
+def noisy(tmp_path: Path) -> str:
+    """fa2 that prints when it is loaded and when it runs."""
+    path = written(tmp_path / "noisy.py", "fa2", LOOP, f"        print('running')\n{LOOP}")
+    path.write_text(path.read_text(encoding="utf-8") + "print('imported')\n", encoding="utf-8")
+    return f"{path}:FA2"
+
+
+@pytest.mark.parametrize("options", [["--examples", "2"], ["--mutants"]])
+def test_what_a_schedule_prints_is_no_json(capfd: pytest.CaptureFixture[str], noisy: str, options: list[str]) -> None:
+    """Neither here nor in the processes that judge the mutants."""
+    code = main(["check", noisy, *options, "--json"])
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    assert report["complete"]
+    assert code == (0 if report["passed"] else 1)
+    assert "imported" in err
+    assert "running" in err
+
+
+def test_what_a_schedule_prints_is_no_json_of_simulate(capsys: pytest.CaptureFixture[str], noisy: str) -> None:
+    options = ["--schedule", noisy, "--batch", "1", "--heads", "1", "--seqlen", "128", "--head-dim", "64"]
+    assert main(["simulate", *options, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["schedule"]
+    assert set(captured.err.splitlines()) == {"imported", "running"}
+    assert main(["simulate", *options]) == 0
+    assert "running" in capsys.readouterr().out
+
+
+# Ctrl-C.
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_prints_what_was_finished(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    """In the third example of the second of three schedules."""
+    names = schedule_names()
+    checks, honest = [], Example.check
+
+    def interrupted(example: Example) -> None:
+        checks.append(example)
+        if len(checks) == 4 + 3:
+            raise KeyboardInterrupt
+        honest(example)
+
+    monkeypatch.setattr(Example, "check", interrupted)
+    code, out, err = run(capsys, "--examples", "4", *["--json"] * as_json)
+    assert (code, err) == (130, "error: interrupted after 6 of 12\n")
+    if as_json:
+        report = json.loads(out)
+        assert (report["passed"], report["complete"]) == (False, False)
+        assert [(check["schedule"], check["passed"]) for check in report["checks"]] == [(names[0], True)]
+    else:
+        assert out == f"{names[0]}: 4 examples, seed 0: exact, and without race, hazard or deadlock\n"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_among_mutants(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    def three(work: object, items: list[tuple[str, int]], workers: int) -> Iterator[survey.Verdict]:
+        for _, number in items[:3]:
+            yield survey.Verdict("program", number, "yield q", "removed", survey.KILLED, "Race", 1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(survey, "in_order", three)
+    code, out, err = run(capsys, "standard", "--mutants", *["--json"] * as_json)
+    assert (code, err) == (130, "error: interrupted after 3 of 12\n")
+    if as_json:
+        report = json.loads(out)
+        assert (report["passed"], report["complete"]) == (False, False)
+        assert [(found["passed"], len(found["mutants"])) for found in report["surveys"]] == [(False, 3)]
+    else:
+        assert out.splitlines()[-2] == "standard: 3 mutants: 3 killed"
+
+
+def test_ctrl_c_while_the_file_is_loaded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("raise KeyboardInterrupt\n", encoding="utf-8")
+    code, out, err = run(capsys, str(path), "--json")
+    assert (code, err) == (130, "error: interrupted\n")
+    assert json.loads(out) == {"passed": False, "complete": False, "checks": []}
+
+
+IN_A_PROCESS = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from flashsim.cli import main; sys.exit(main())"
+)
+"""A process that is started in the background may have been told to ignore interruptions."""
+
+WAITS = """
+def wait_for_the_test():
+    import pathlib, time
+    folder = pathlib.Path(__file__).parent
+    (folder / "begun").touch()
+    while not (folder / "enough").exists():
+        time.sleep(0.01)
+    raise RuntimeError("the test is over")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no SIGINT for one process there")
+@pytest.mark.parametrize("options", [["--examples", "7"], ["--mutants"]])
+def test_sigint(tmp_path: Path, options: list[str]) -> None:
+    """The schedule says when it runs, and does not go on until it may; worker processes are not interrupted."""
+    begun, enough = tmp_path / "begun", tmp_path / "enough"
+    path = written(tmp_path / "mine.py", "fa2", LOOP, f"        wait_for_the_test()\n{LOOP}")
+    path.write_text(path.read_text(encoding="utf-8") + WAITS, encoding="utf-8")
+    command = [sys.executable, "-c", IN_A_PROCESS, "check", f"{path}:FA2", *options, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            until = time.monotonic() + 60
+            while not begun.exists() and time.monotonic() < until:
+                assert process.poll() is None
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            enough.touch()
+            out, err = process.communicate(timeout=30)
+        finally:
+            enough.touch()
+            process.kill()
+    assert process.returncode == 130
+    assert not json.loads(out)["complete"]
+    total = 7 if "--examples" in options else len(survey.mutants_in(f"{path}:FA2"))
+    assert err == f"error: interrupted after 0 of {total}\n"
 
 
 @pytest.mark.parametrize(

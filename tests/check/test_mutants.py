@@ -5,21 +5,29 @@ slot. A fixed sample here; `flashsim check --mutants` has them all.
 from __future__ import annotations
 
 import ast
+import pickle
 from pathlib import Path
 
 import pytest
 
 from flashsim import schedules
-from flashsim.check.equivalent import EQUIVALENT, WAITS_TOO_EARLY, reason_for
+from flashsim.check import survey as judging
+from flashsim.check.equivalent import EQUIVALENT, SCOREBOARD, WAITS_TOO_EARLY, reason_for
 from flashsim.check.mutants import Mutant, mutants_of, probed
 from flashsim.check.survey import EQUIVALENT as OUTCOME_EQUIVALENT
 from flashsim.check.survey import INVALID, KILLED, NOT_RUN, SURVIVED, Survey, Verdict, mutants_in, survey
+from flashsim.check.words import SAY_WHY, survey_lines
+from flashsim.errors import InputError, Race
 
 BUILT_IN = schedules.schedule_names()
 
 
 def source_of(name: str) -> str:
     return (Path(schedules.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
+
+
+def mutant_number(name: str, statement: str, change: str) -> int:
+    return next(n for n, m in enumerate(mutants_in(name)) if (m.statement, m.change) == (statement, change))
 
 
 # The generator.
@@ -104,7 +112,7 @@ def test_a_probed_file_notes_the_lines_that_run() -> None:
 
 # The survey.
 
-SAMPLE = {"fa3": 9, "fa2": 4, "standard": 4}
+SAMPLE = {"fa3": 11, "fa2": 4, "standard": 4}
 """Every so many mutants."""
 
 
@@ -140,24 +148,114 @@ def mutant_of(statement: str, change: str) -> Mutant:
 )
 def test_which_statements_may_come_too_early(statement: str, explained: bool) -> None:
     """A pure wait or a turn costs only time; what also issues or signals must be noticed, or have a reason."""
-    assert (reason_for("fa3", mutant_of(statement, "earlier")) is not None) == explained
-    assert reason_for("fa3", mutant_of(statement, "removed")) is None
+    assert (reason_for(mutant_of(statement, "earlier"), "FA3", "") is not None) == explained
+    assert reason_for(mutant_of(statement, "removed"), "FA3", "") is None
 
 
-def test_a_users_schedule_is_surveyed_and_gets_no_reasons_of_ours(tmp_path: Path) -> None:
+PRODUCT = "yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)"
+ADDED = "            finish(wg, r.O, r.stats)"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "class_name", "reason"),
+    [
+        ("", "", "FA2", SCOREBOARD),
+        ("OTHER_INSTRUCTIONS = 60", "OTHER_INSTRUCTIONS = 61", "FA2", SCOREBOARD),
+        ("  # 4\n", "  # line 4\n", "FA2", SCOREBOARD),
+        (ADDED, f"            wg.problem\n{ADDED}", "FA2", None),
+        ("", "", "Mine", None),
+        ("", "", "FA3", None),
+        (f"{PRODUCT}  # 10", f"{PRODUCT}  # equivalent: I say so\n            # 10", "Mine", "I say so"),
+        (f"{PRODUCT}  # 10", f"{PRODUCT}  # 10  #equivalent:  I say so \n            # 10", "FA2", "I say so"),
+        (f"{PRODUCT}  # 10", f"{PRODUCT}  # equivalent: \n            # 10", "Mine", None),
+    ],
+)
+def test_what_is_said_of_a_mutant_in_a_users_file(old: str, new: str, class_name: str, reason: str | None) -> None:
+    """Our reasons hold for an unchanged function of a class of our name; the user's own for any statement."""
+    assert old in source_of("fa2")
+    text = source_of("fa2").replace(old, new, 1)
+    (mutant,) = [m for m in mutants_of(text) if (m.statement, m.change) == (PRODUCT, "not awaited")]
+    assert reason_for(mutant, class_name, text) == reason
+
+
+def test_a_survey_of_a_users_schedule(tmp_path: Path) -> None:
+    """A reason is asked for when a mutant survives: what is killed stays killed, whatever is written beside it."""
     path = tmp_path / "mine.py"
-    path.write_text(source_of("fa2"), encoding="utf-8")
+    text = source_of("fa2").replace("yield v\n", "yield v  # equivalent: not at all\n")
+    path.write_text(text.replace(ADDED, f"            wg.problem\n{ADDED}"), encoding="utf-8")
     name = f"{path}:FA2"
-    not_awaited, early = [
-        next(n for n, mutant in enumerate(mutants_in(name)) if (mutant.statement[:8], mutant.change) == which)
-        for which in (("yield wg", "not awaited"), ("yield q", "earlier"))
-    ]
-    first, second = survey(name, [not_awaited, early], workers=1)
-    assert sorted((first.outcome, second.outcome)) == [OUTCOME_EQUIVALENT, SURVIVED]
-    assert WAITS_TOO_EARLY in (first.how, second.how)
+    wanted = [("yield q", "earlier"), ("yield v", "removed"), (PRODUCT, "not awaited")]
+    verdicts = list(survey(name, [mutant_number(name, *which) for which in wanted], workers=1))
+    assert [verdict.outcome for verdict in verdicts] == [OUTCOME_EQUIVALENT, KILLED, SURVIVED]
+    assert verdicts[0].how == WAITS_TOO_EARLY
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_our_reasons_hold_in_a_copy(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(source_of("fa2"), encoding="utf-8")
+    name = f"{path}:FA2"
+    (verdict,) = survey(name, [mutant_number(name, PRODUCT, "not awaited")], workers=1)
+    assert (verdict.outcome, verdict.how) == (OUTCOME_EQUIVALENT, SCOREBOARD)
+
+
+def test_a_users_reason_explains_only_the_statement_on_its_line() -> None:
+    text = TOY.replace("yield s.K.full(j)", "yield s.K.full(\n            j)  # equivalent: of two lines")
+    text = text.replace("s.K.release(j)", "s.K.release('# equivalent: a text')")
+    said = {(m.line, m.change): reason_for(m, "Toy", text) for m in mutants_of(text)}
+    assert {line for (line, _), reason in said.items() if reason == "of two lines"} == {4}
+    assert said[4, "removed"] == said[4, "next item"] == "of two lines"
+    assert said[8, "removed"] is None
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few examples, for what any example shows."""
+    monkeypatch.setattr(judging, "DRAWN", 10)
+    monkeypatch.setattr(judging, "KEPT", 10)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_mutant_finds_what_lies_beside_the_users_file(tmp_path: Path) -> None:
+    (tmp_path / "sizes.txt").write_text("60", encoding="utf-8")
+    path = tmp_path / "mine.py"
+    reads = 'OTHER_INSTRUCTIONS = int((Path(__file__).parent / "sizes.txt").read_text())'
+    text = source_of("fa2").replace("OTHER_INSTRUCTIONS = 60", reads)
+    path.write_text(text.replace("from typing", "from pathlib import Path\nfrom typing"), encoding="utf-8")
+    name = f"{path}:FA2"
+    (verdict,) = survey(name, [mutant_number(name, "yield v", "removed")], workers=1)
+    assert verdict.outcome == KILLED
+
+
+@pytest.mark.usefixtures("few")
+def test_a_mutant_that_cannot_be_loaded_is_invalid(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"{source_of('fa2')}\n\ndef once():\n    yield 1\n\nif not list(once()): raise OSError('gone')\n")
+    name = f"{path}:FA2"
+    (verdict,) = survey(name, [mutant_number(name, "yield 1", "removed")], workers=1)
+    assert (verdict.outcome, verdict.how) == (INVALID, f"{path} cannot be run: OSError: gone")
+
+
+@pytest.mark.usefixtures("few")
+def test_what_fails_unchanged_is_to_be_checked_first(tmp_path: Path) -> None:
+    path = tmp_path / "not awaited.py"
+    path.write_text(source_of("fa2").replace("                yield v\n", ""), encoding="utf-8")
+    with pytest.raises(Race) as failed:
+        list(survey(f"{path}:FA2", [0], workers=1))
+    assert failed.value.__notes__ == [f"the schedule fails as it is: run flashsim check '{path}:FA2' first"]
+    assert pickle.loads(pickle.dumps(failed.value)).__notes__ == failed.value.__notes__
+    assert failed.value.memory is None
+
+
+def test_what_accepts_nothing_is_bad_input(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    text = source_of("fa2").replace("        lines = []\n", "        lines = ['never']\n")
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match="accepts none of the problems and switches"):
+        list(survey(f"{path}:FA2", [0], workers=1))
+
+
+@pytest.mark.usefixtures("few")
 def test_a_mutant_that_cannot_run_is_invalid(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     text = source_of("fa2").replace(
@@ -165,8 +263,7 @@ def test_a_mutant_that_cannot_run_is_invalid(tmp_path: Path) -> None:
     )
     path.write_text(text, encoding="utf-8")
     name = f"{path}:FA2"
-    number = next(n for n, m in enumerate(mutants_in(name)) if (m.statement, m.change) == ("yield done", "earlier"))
-    (verdict,) = survey(name, [number], workers=1)
+    (verdict,) = survey(name, [mutant_number(name, "yield done", "earlier")], workers=1)
     assert verdict.outcome == INVALID
     assert "done" in verdict.how
 
@@ -187,3 +284,11 @@ def test_a_survey_with_a_survivor_has_not_passed() -> None:
     verdict = Verdict("program", 1, "yield q", "removed", SURVIVED, "", 16)
     assert not Survey("mine", (verdict,)).passed
     assert Survey("mine", (verdict,)).to_json()["counts"]["survived"] == 1
+    assert survey_lines(Survey("mine", (verdict,))) == ["mine: 1 mutants: 0 killed, 1 survived", SAY_WHY]
+
+
+def test_half_a_survey_has_not_passed() -> None:
+    verdict = Verdict("program", 1, "yield q", "removed", KILLED, "Race", 1)
+    assert Survey("mine", (verdict,)).passed
+    assert not Survey("mine", (verdict,), complete=False).passed
+    assert survey_lines(Survey("mine", (verdict,))) == ["mine: 1 mutants: 1 killed"]
