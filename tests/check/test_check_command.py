@@ -25,6 +25,13 @@ ROOT = Path(__file__).parents[2]
 LOOP = "        for tile in wg.tiles():\n"
 
 
+@pytest.fixture(autouse=True)
+def fewer_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than `flashsim check --mutants` takes."""
+    monkeypatch.setattr(survey, "DRAWN", 300)
+    monkeypatch.setattr(survey, "KEPT", 48)
+
+
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
     code = main(["check", *arguments])
     captured = capsys.readouterr()

@@ -22,6 +22,13 @@ from flashsim.errors import InputError, Race
 BUILT_IN = schedules.schedule_names()
 
 
+@pytest.fixture(autouse=True)
+def fewer_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Than `flashsim check --mutants` takes."""
+    monkeypatch.setattr(judging, "DRAWN", 300)
+    monkeypatch.setattr(judging, "KEPT", 48)
+
+
 def source_of(name: str) -> str:
     return (Path(schedules.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
 
