@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from typing import Any
 
 import simpy
@@ -60,14 +61,15 @@ class Simulation:
         self.events += 1
         simpy.Process(self._env, steps)
 
-    def run(self, max_events: int | None = None) -> None:
+    def run(self, max_events: int | None = None, watched: bool = True) -> None:
         """Process events until none is left.
 
-        Raises EndlessRun when more than `max_events` were scheduled, or one step computes for more than 10 seconds.
+        Raises EndlessRun when more than `max_events` were scheduled, or one step computes for more than 10 seconds;
+        whoever has a watchdog already says that this run needs none of its own (`watched`).
         """
         self._max_events = max_events or sys.maxsize
         try:
-            with Watchdog(lambda: self.events):
+            with Watchdog(lambda: self.events) if watched else nullcontext():
                 self._env.run()
         except Exception as error:
             # simpy raises a copy of what a process raised, with the original as its cause.

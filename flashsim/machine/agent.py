@@ -236,18 +236,28 @@ class Agent:
 
     def _compute(self, verb: str, op: str, views: tuple[Any, ...], into: View, operands: tuple[Any, ...]) -> Completion:
         """Add a register operation to the batch that the text is in the middle of."""
-        check_compute(verb, op, views, into, operands)
         batch = self._batch
         if batch is None:
             batch = Batch(Completion(self.sim, "register operations"))
             self._say(batch)
             self._batch = batch
-        batch.keys.append((verb, op, into.buffer.name, into.shape, *[(v.buffer.name, v.shape) for v in views]))
+        kind = self._kind(verb, op, views, into, operands)
+        batch.keys.append(kind)
         batch.operations.append((verb, op, views, into))
         self._bound(len(batch.operations))
         if self.record:
             batch.effects.append(self.record.compute(verb, op, views, into, operands))
         return batch.completion
+
+    def _kind(self, verb: str, op: str, views: tuple[Any, ...], into: View, operands: tuple[Any, ...]) -> object:
+        """What decides the cost of a register operation; where only time is kept, each kind is checked once."""
+        kind: object = None
+        if type(into) is View and HbmTile not in map(type, views):
+            kind = (verb, op, into.buffer.name, into.shape, *[(v.buffer.name, v.shape) for v in views])
+        if kind is None or self.record or kind not in self.sm.checked:
+            check_compute(verb, op, views, into, operands)
+            self.sm.checked.add(kind)
+        return kind
 
     def _say(self, operation: Any) -> None:
         self._batch = None

@@ -131,14 +131,14 @@ class CTA:
         return turn
 
 
-def run_to_end(sim: Simulation, running: Collection[CTA], max_events: int) -> None:
+def run_to_end(sim: Simulation, running: Collection[CTA], max_events: int, watched: bool = True) -> None:
     """Run until all of `running` have left it.
 
     Raises Deadlock when nothing happens any more and somebody still waits, EndlessRun after `max_events`; both say
     where in the text every warpgroup stands.
     """
     try:
-        sim.run(max_events)
+        sim.run(max_events, watched)
     except EndlessRun as error:
         raise EndlessRun("\n".join([f"{error}", *_by_cta(cta.standing() for cta in running)])) from None
     if running:

@@ -24,6 +24,7 @@ from flashsim.machine.sm import UNITS
 from flashsim.machine.tiles import Coordinates
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Kernel
+from flashsim.watchdog import Watchdog
 
 MAX_CHUNKS = 15_000
 """KV tiles are taken together, and work tiles that share nothing, as many as it needs to have no more than this."""
@@ -114,6 +115,11 @@ class FastSimulation:
 
     def run(self) -> KernelRun:
         """Simulate. Raises Infeasible if the kernel does not fit."""
+        self._sim = Simulation()
+        with Watchdog(lambda: self._sim.events):  # one for all the probes, too
+            return self._run()
+
+    def _run(self) -> KernelRun:
         k, p = self.kernel, self.problem
         per_sm = fit(k, p, self.device).ctas_per_sm
         probe = self._probe = Probe(self.device, self.clock_mhz, k, p)
@@ -124,7 +130,7 @@ class FastSimulation:
         together = self._together = 1 if common else max(1, tile_count(k, p) // chunks)
         self._pace = Pace(probe, max(1, total // chunks // together), together, not self.options.private_memory)
         costs = probe.costs
-        sim = self._sim = Simulation()
+        sim = self._sim
         tma = k.copy == "tma"
         shared = SharedMemory(sim, costs, tma, self.options.seed)
         self._memory = PrivateMemory(sim, costs, tma) if self.options.private_memory else shared
@@ -135,7 +141,7 @@ class FastSimulation:
         grid = WorkTiles(k, p, len(sms) * per_sm, together)
         for slot in range(min(grid.slots, grid.count)):
             sim.start(self._slot(sms[slot % len(sms)], launch + slot * interval, grid.of_slot(slot)))
-        sim.run()
+        sim.run(watched=False)
         busy = dict.fromkeys(UNITS, 0)
         for tile, times in self._done.items():
             for unit, work in self._pace.busy(tile).items():

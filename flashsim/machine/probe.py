@@ -192,7 +192,7 @@ class Probe:
 
         for slot in range(min(slots, len(todo))):
             sim.call(slot * offset, start_one)
-        run_to_end(sim, running, EVENTS_PER_KV_TILE * sum(1 + tile.count for tile in tiles))
+        run_to_end(sim, running, EVENTS_PER_KV_TILE * sum(1 + tile.count for tile in tiles), watched=False)
         self.events += sim.events
         busy = {name: sm.units[name].busy for name in UNITS}
         return Trace(tuple(asks), end, busy, memory.moves, sm.walks)

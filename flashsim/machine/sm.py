@@ -31,6 +31,8 @@ class SM:
         self.link = self.units["link"]
         self.phases: dict[object, list[Phase]] = {}
         """Costs of the batches of register operations seen so far."""
+        self.checked: set[object] = set()
+        """Kinds of statements that have been found to fit their operands."""
         self.walks: list[list[int]] | None = None
         """If not None: for each warpgroup that has been here, when it started each KV tile."""
 

@@ -113,10 +113,12 @@ class HbmTile:
 
 def walk_of(kernel: Kernel, problem: AttentionProblem, m_block: int, batch: int = 0) -> KVWalk:
     """The KV tiles that `kernel` visits for query block `m_block` of a head of this batch entry."""
+    every = range(-(-problem.seqlen_k // kernel.BLOCK_N))
+    if kernel.dense and not kernel.masks:
+        return KVWalk(every[::-1], 0)
     walk = kv_tiles(problem, m_block, kernel.BLOCK_M, kernel.BLOCK_N, batch)
     if not kernel.dense:
         return walk
-    every = range(-(-problem.seqlen_k // kernel.BLOCK_N))
     return KVWalk.of(dict.fromkeys(every, True) | dict(walk))
 
 

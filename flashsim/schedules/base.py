@@ -68,6 +68,8 @@ class Kernel:
     """Warp instructions a KV tile costs beside those that the verbs stand for: addresses, predicates, the loop."""
     dense: bool = False
     """Visits every KV tile, those that the mask hides too."""
+    masks: bool = True
+    """Asks which of its KV tiles need masking; to a kernel that never does, all are alike."""
     scaled_scores: bool = False
     """The scores that it reads have been multiplied by the softmax scale."""
     library: bool = False

@@ -83,6 +83,7 @@ class Standard(Schedule):
     def _kernel(
         self, name: str, role: Role, shared: Any, BLOCK_M: int = 0, BLOCK_N: int = 0, scaled_scores: bool = False
     ) -> Kernel:
+        """A product, with its operands in shared memory, or a kernel that works on rows of S in its registers."""
         return Kernel(
             name=f"standard_{name}",
             roles=(role,),
@@ -93,6 +94,7 @@ class Standard(Schedule):
             mma="wgmma" if self.mma == "wgmma" else "mma.sync",
             copy="tma" if self.mma == "wgmma" else "cp.async",
             dense=True,
+            masks=shared is None,
             scaled_scores=scaled_scores,
             library=True,
         )
