@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -9,6 +10,8 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
+GARBAGE = 50_000
+"""Objects that may be made before a worker looks for cycles among them; Python's own number is 700."""
 WORTH_IT = 8
 """Fewer simulations than this take less time than starting processes for them."""
 
@@ -26,14 +29,14 @@ def in_order(work: Callable[[Item], Answer], items: Sequence[Item], workers: int
     from concurrent.futures import ProcessPoolExecutor
 
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        min(workers, len(items)), mp_context=context, initializer=_leave_interrupts_to_the_parent
-    )
+    pool = ProcessPoolExecutor(min(workers, len(items)), mp_context=context, initializer=_begin)
     try:
         yield from pool.map(work, items)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
+def _begin() -> None:
+    """Leave interrupts to the parent, and look for garbage less often: a simulation makes many objects, few cycles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    gc.set_threshold(GARBAGE)

@@ -32,7 +32,7 @@ A_LITTLE = 64
 """Part of a probe's time by which something is let come a little late."""
 TURNS = 4
 """CTAs that follow each other where CTAs share an SM."""
-SPREADS = 4
+SPREADS = 2
 """Times that this is tried."""
 
 
