@@ -26,9 +26,9 @@ from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Kernel
 from flashsim.watchdog import Watchdog
 
-MAX_CHUNKS = 10_000
+MAX_CHUNKS = 6_000
 """KV tiles are taken together, and work tiles that share nothing, as many as it needs to have no more than this."""
-MAX_CHUNKS_OF_STREAM = 2_500
+MAX_CHUNKS_OF_STREAM = 1_000
 """The same for the kernels of a library, which stream through memory at one rate from their start to their end."""
 
 
