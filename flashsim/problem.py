@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-DTYPES = {"fp16": 2, "bf16": 2}
-"""Bytes per element of Q, K, V and O."""
-DIRECTIONS = ("fwd",)
-UNSUPPORTED_DTYPES = ("fp8",)
-UNSUPPORTED_DIRECTIONS = ("bwd", "fwd+bwd")
+DTYPES = {"fp16": 2, "bf16": 2, "fp8": 1}
+"""Bytes per element of Q, K and V; fp8 is e4m3."""
+OUTPUT_DTYPES = {"fp16": "fp16", "bf16": "bf16", "fp8": "bf16"}
+"""What O is written in: 16 bits after fp8, too (flash-attn's interface)."""
+DIRECTIONS = ("fwd", "bwd", "fwd+bwd")
 
 MAX_SIZE = 2**31 - 1
 """Largest batch, head count or length: what a kernel's 32-bit index holds."""
@@ -53,13 +53,9 @@ def _size(name: str, given: object, limit: int, problems: list[str]) -> int:
     return size
 
 
-def _check_name(
-    field: str, given: object, allowed: tuple[str, ...], unsupported: tuple[str, ...], problems: list[str]
-) -> None:
+def _check_name(field: str, given: object, allowed: tuple[str, ...], problems: list[str]) -> None:
     if not isinstance(given, str):
         problems.append(f"{field}: must be text, got {type(given).__name__} (allowed: {', '.join(allowed)})")
-    elif given in unsupported:
-        problems.append(f"{field}: {given!r} is not supported (allowed: {', '.join(allowed)})")
     elif given not in allowed:
         problems.append(f"{field}: {unknown(field, given, allowed)}")
 
@@ -69,7 +65,8 @@ class AttentionProblem:
     """One attention operation. `heads_kv`, `seqlen_k` and `head_dim_v` default to `heads_q`, `seqlen_q`, `head_dim`.
 
     Sizes are whole numbers from 1; head dims end at 512, the other sizes at 2**31 - 1; `heads_kv` divides `heads_q`.
-    `dtype` is fp16 or bf16, `mask` one of `flashsim.masks.SPELLING`, `direction` fwd, `dropout` 0.
+    `dtype` is fp16, bf16 or fp8 (forward only), `mask` one of `flashsim.masks.SPELLING`, `direction` fwd, bwd or
+    fwd+bwd, `dropout` the probability with which an element of P is dropped, in [0, 1).
     Raises InputError with one line per field that is wrong.
     """
 
@@ -118,7 +115,7 @@ class AttentionProblem:
             sizes[name] = sizes[default] if given is None else _size(name, given, limit, problems)
         if sizes["heads_q"] and sizes["heads_kv"] and sizes["heads_q"] % sizes["heads_kv"]:
             problems.append(f"heads_kv: got {sizes['heads_kv']}, must divide heads_q = {sizes['heads_q']}")
-        _check_name("dtype", dtype, tuple(DTYPES), UNSUPPORTED_DTYPES, problems)
+        _check_name("dtype", dtype, tuple(DTYPES), problems)
         try:
             rule = parse_mask(mask)
             if not problems:
@@ -126,14 +123,16 @@ class AttentionProblem:
                 problems += [f"mask: {line}" for line in rule.complaints(*sizes_of_mask)]
         except InputError as error:
             problems += error.problems
-        _check_name("direction", direction, DIRECTIONS, UNSUPPORTED_DIRECTIONS, problems)
-        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or dropout != 0:
-            problems.append(f"dropout: got {_shown(dropout)}, must be 0 (dropout is not supported)")
+        _check_name("direction", direction, DIRECTIONS, problems)
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+            problems.append(f"dropout: got {_shown(dropout)}, must be a number in [0, 1)")
+        if dtype == "fp8" and direction in ("bwd", "fwd+bwd"):
+            problems.append(f"direction: got {direction!r}, fp8 has fwd only")
         if problems:
             raise InputError(problems)
         for name, value in (*sizes.items(), ("dtype", dtype), ("mask", mask), ("direction", direction)):
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "dropout", 0.0)
+        object.__setattr__(self, "dropout", float(dropout))
         object.__setattr__(self, "_mask_rule", rule)
 
     @property
@@ -153,8 +152,18 @@ class AttentionProblem:
 
     @property
     def element_bytes(self) -> int:
-        """Bytes of one element of Q, K, V and O."""
+        """Bytes of one element of Q, K and V."""
         return DTYPES[self.dtype]
+
+    @property
+    def output_dtype(self) -> str:
+        """Of O: the inputs' own, and bf16 after fp8."""
+        return OUTPUT_DTYPES[self.dtype]
+
+    @property
+    def passes(self) -> tuple[str, ...]:
+        """`fwd`, `bwd`, or both, in the order in which they run."""
+        return tuple(self.direction.split("+"))
 
     @property
     def pairs(self) -> float:
@@ -181,26 +190,44 @@ class AttentionProblem:
 
     @property
     def flops(self) -> int:
-        """2 * batch * heads_q * pairs * (head_dim + head_dim_v), exact."""
-        return self.heads_q * self._twice_counted_pairs * (self.head_dim + self.head_dim_v)
+        """2 * batch * heads_q * pairs times head_dim + head_dim_v forward, 3 * head_dim + 2 * head_dim_v backward, exact.
+
+        Backward has five products: S again, dP, dV, dQ and dK.
+        """
+        return self.heads_q * self._twice_counted_pairs * self.products_depth
+
+    @property
+    def products_depth(self) -> int:
+        """Multiply-adds of all products for one (query, key) pair."""
+        d, dv = self.head_dim, self.head_dim_v
+        depth = {"fwd": d + dv, "bwd": 3 * d + 2 * dv}
+        return sum(depth[name] for name in self.passes)
 
     @property
     def tensor_bytes(self) -> dict[str, int]:
-        """Bytes of each tensor: q, k, v, o in the problem's dtype, lse in fp32."""
+        """Bytes of each tensor: q, k, v in the problem's dtype, o in `output_dtype`, lse in fp32; with a backward pass
+        also do, dq, dk and dv.
+        """
         q_rows = self.batch * self.heads_q * self.seqlen_q
         kv_rows = self.batch * self.heads_kv * self.seqlen_k
-        return {
+        sizes = {
             "q": q_rows * self.head_dim * self.element_bytes,
             "k": kv_rows * self.head_dim * self.element_bytes,
             "v": kv_rows * self.head_dim_v * self.element_bytes,
-            "o": q_rows * self.head_dim_v * self.element_bytes,
+            "o": q_rows * self.head_dim_v * DTYPES[self.output_dtype],
             "lse": q_rows * LSE_BYTES,
         }
+        if "bwd" in self.passes:
+            sizes |= {"do": sizes["o"], "dq": sizes["q"], "dk": sizes["k"], "dv": sizes["v"]}
+        return sizes
 
     @property
     def min_hbm_bytes(self) -> int:
-        """Least HBM traffic: Q, K, V read once, O and LSE written once. By tensor: `tensor_bytes`."""
-        return sum(self.tensor_bytes.values())
+        """Least HBM traffic: of each pass, what it is given read once, and what it computes written once. A backward
+        pass is given Q, K, V, O, LSE and dO. By tensor: `tensor_bytes`."""
+        sizes = self.tensor_bytes
+        forward = sum(sizes[name] for name in ("q", "k", "v", "o", "lse"))
+        return sum({"fwd": forward, "bwd": sum(sizes.values())}[name] for name in self.passes)
 
     @property
     def memory_bytes(self) -> int:
@@ -227,13 +254,13 @@ def kv_tiles(problem: AttentionProblem, m_block: int, BLOCK_M: int, BLOCK_N: int
 
 
 def flops_executed(problem: AttentionProblem, BLOCK_M: int, BLOCK_N: int) -> int:
-    """FLOPs of all tiles visited, each counted whole: 2 * BLOCK_M * BLOCK_N * (head_dim + head_dim_v).
+    """FLOPs of all tiles visited, each counted whole: 2 * BLOCK_M * BLOCK_N * `products_depth`.
 
     Takes one step per Q tile of a head.
     """
     blocks = range(num_q_tiles(problem, BLOCK_M))
     tiles = problem._of_all_entries(lambda b: sum(kv_tiles(problem, m, BLOCK_M, BLOCK_N, b).count for m in blocks))
-    return problem.heads_q * tiles * 2 * BLOCK_M * BLOCK_N * (problem.head_dim + problem.head_dim_v)
+    return problem.heads_q * tiles * 2 * BLOCK_M * BLOCK_N * problem.products_depth
 
 
 def allowed(

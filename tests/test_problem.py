@@ -163,17 +163,17 @@ def test_walk_refuses_a_tile_that_does_not_exist(m_block: int) -> None:
 
 def test_all_problems_are_reported_at_once() -> None:
     assert problems_of(
-        batch=0, heads_q=True, seqlen_q=math.nan, head_dim=513, heads_kv="3", dtype="fp61", mask="casual", dropout=0.1
+        batch=0, heads_q=True, seqlen_q=math.nan, head_dim=513, heads_kv="3", dtype="fp61", mask="casual", dropout=1.5
     ) == (
         "batch: got 0, must be a whole number from 1 to 2147483647",
         "heads_q: got True, must be a whole number from 1 to 2147483647",
         "seqlen_q: got nan, must be a whole number from 1 to 2147483647",
         "head_dim: got 513, must be a whole number from 1 to 512",
         "heads_kv: got '3', must be a whole number from 1 to 2147483647",
-        "dtype: unknown dtype 'fp61', did you mean 'fp16'? (allowed: fp16, bf16)",
+        "dtype: unknown dtype 'fp61', did you mean 'fp16'? (allowed: fp16, bf16, fp8)",
         "mask: unknown mask 'casual', did you mean 'causal'? (allowed: full, causal, window, prefix, chunked, "
         "documents, global, blocks, butterfly, padding)",
-        "dropout: got 0.1, must be 0 (dropout is not supported)",
+        "dropout: got 1.5, must be a number in [0, 1)",
     )
 
 
@@ -188,18 +188,56 @@ def test_all_problems_are_reported_at_once() -> None:
         pytest.param(
             "batch", 10**5000, "batch: got a very large int, must be a whole number from 1 to 2147483647", id="huge"
         ),
-        ("dtype", "fp8", "dtype: 'fp8' is not supported (allowed: fp16, bf16)"),
-        ("dtype", None, "dtype: must be text, got NoneType (allowed: fp16, bf16)"),
-        ("direction", "fwd+bwd", "direction: 'fwd+bwd' is not supported (allowed: fwd)"),
-        ("direction", "fw", "direction: unknown direction 'fw', did you mean 'fwd'? (allowed: fwd)"),
+        ("dtype", None, "dtype: must be text, got NoneType (allowed: fp16, bf16, fp8)"),
+        ("direction", "fw", "direction: unknown direction 'fw', did you mean 'fwd'? (allowed: fwd, bwd, fwd+bwd)"),
         ("mask", "window", "mask: 'window': a number is missing; it is written window:LEFT[,RIGHT]"),
-        ("dropout", False, "dropout: got False, must be 0 (dropout is not supported)"),
-        ("dropout", math.nan, "dropout: got nan, must be 0 (dropout is not supported)"),
-        ("dropout", "0", "dropout: got '0', must be 0 (dropout is not supported)"),
+        ("dropout", False, "dropout: got False, must be a number in [0, 1)"),
+        ("dropout", math.nan, "dropout: got nan, must be a number in [0, 1)"),
+        ("dropout", "0", "dropout: got '0', must be a number in [0, 1)"),
     ],
 )
 def test_messages(field: str, value: object, message: str) -> None:
     assert problems_of(**{field: value}) == (message,)
+
+
+def test_fp8_has_no_backward_pass() -> None:
+    assert problems_of(dtype="fp8", direction="fwd+bwd") == ("direction: got 'fwd+bwd', fp8 has fwd only",)
+
+
+def test_flops_and_tensors_of_each_direction() -> None:
+    """DESIGN's convention: 2 B Hq P (D + Dv) forward, 2 B Hq P (3 D + 2 Dv) backward."""
+    sizes = {
+        "batch": 2,
+        "heads_q": 4,
+        "heads_kv": 2,
+        "seqlen_q": 100,
+        "seqlen_k": 300,
+        "head_dim": 64,
+        "head_dim_v": 32,
+    }
+    forward, backward, both = (AttentionProblem(**sizes, direction=d) for d in ("fwd", "bwd", "fwd+bwd"))  # type: ignore[arg-type]
+    pairs = 2 * 4 * 100 * 300
+    assert forward.flops == 2 * pairs * (64 + 32)
+    assert backward.flops == 2 * pairs * (3 * 64 + 2 * 32)
+    assert both.flops == forward.flops + backward.flops
+    q, k, v, o, lse = (
+        2 * 4 * 100 * 64 * 2,
+        2 * 2 * 300 * 64 * 2,
+        2 * 2 * 300 * 32 * 2,
+        2 * 4 * 100 * 32 * 2,
+        2 * 4 * 100 * 4,
+    )
+    assert forward.tensor_bytes == {"q": q, "k": k, "v": v, "o": o, "lse": lse}
+    assert backward.tensor_bytes == forward.tensor_bytes | {"do": o, "dq": q, "dk": k, "dv": v}
+    assert forward.min_hbm_bytes == q + k + v + o + lse
+    assert both.min_hbm_bytes == forward.min_hbm_bytes + 2 * (q + k + v + o) + lse
+    assert AttentionProblem(**sizes, dtype="fp8").tensor_bytes == {
+        "q": q // 2,
+        "k": k // 2,
+        "v": v // 2,
+        "o": o,
+        "lse": lse,
+    }
 
 
 def test_a_default_does_not_repeat_the_mistake_it_copies() -> None:

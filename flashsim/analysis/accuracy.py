@@ -197,6 +197,8 @@ def _problem(row: MeasuredRow, gpu: DeviceSpec | None, schedule: type[Schedule] 
     ):
         if value not in has:
             raise _Unsupported(f"{field} {value} of {row.schedule}")
+    if row.dropout and not schedule.dropout:
+        raise _Unsupported(f"dropout of {row.schedule}")
     if gpu.architecture not in schedule.architectures:
         raise _Unsupported(f"{row.schedule} on {row.device}")
     switches = {switch.name for switch in schedule.switches()}

@@ -86,12 +86,9 @@ COLUMNS = tuple(MeasuredRow.model_fields)
 
 
 def std_flops(row: MeasuredRow) -> int | None:
-    """FLOPs of the row's call by the std convention; None if its mask or direction is none that is known here.
-
-    Backward has five products, three as deep as head_dim and two as head_dim_v, against forward's one of each.
-    """
+    """FLOPs of the row's call by the std convention; None if its mask or direction is none that is known here."""
     try:
-        forward = AttentionProblem(
+        return AttentionProblem(
             batch=row.batch,
             heads_q=row.heads_q,
             heads_kv=row.heads_kv,
@@ -100,12 +97,10 @@ def std_flops(row: MeasuredRow) -> int | None:
             head_dim=row.head_dim,
             head_dim_v=row.head_dim_v,
             mask=row.mask,
+            direction=row.direction,
         ).flops
     except InputError:
         return None
-    products, depth = forward // (row.head_dim + row.head_dim_v), 3 * row.head_dim + 2 * row.head_dim_v
-    by_direction = {"fwd": forward, "bwd": products * depth, "fwd+bwd": forward + products * depth}
-    return by_direction.get(row.direction)
 
 
 def disagreement(flops: int, time_us: float | None, tflops: float | None, slack: float = 0.0) -> str | None:

@@ -102,6 +102,8 @@ class Schedule:
     masks: ClassVar[tuple[str, ...]] = tuple(SPELLING)
     """Kinds of masks, without their numbers."""
     dtypes: ClassVar[tuple[str, ...]] = ("fp16", "bf16")
+    dropout: ClassVar[bool] = False
+    """Whether it can drop elements of P."""
     stores_scores: ClassVar[bool] = False
     """Whether S goes through memory in the problem's dtype, which is one more rounding."""
     architectures: ClassVar[tuple[str, ...]] = ("ampere", "ada", "hopper")
@@ -144,7 +146,7 @@ class Schedule:
         """The schedule with `options` (values or text) set and the rest decided.
 
         Raises InputError with everything that does not fit: unknown switches, values of the wrong type, a mask,
-        direction, dtype or architecture that the schedule has not.
+        direction, dtype, dropout or architecture that the schedule has not.
         """
         problems = [
             f"schedule {cls.name()} has no {kind} {given!r} (it has: {', '.join(has)})"
@@ -160,6 +162,8 @@ class Schedule:
             for name, width in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v))
             if width % 8
         ]
+        if problem.dropout and not cls.dropout:
+            problems.append(f"schedule {cls.name()} has no dropout, got {problem.dropout:g}")
         if architecture not in cls.architectures:
             problems.append(
                 f"schedule {cls.name()} does not run on {architecture} (it runs on: {', '.join(cls.architectures)})"
