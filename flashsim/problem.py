@@ -190,7 +190,7 @@ class AttentionProblem:
 
     @property
     def flops(self) -> int:
-        """2 * batch * heads_q * pairs times head_dim + head_dim_v forward, 3 * head_dim + 2 * head_dim_v backward, exact.
+        """2 * batch * heads_q * pairs times head_dim + head_dim_v forward, 3 * head_dim + 2 * head_dim_v backward.
 
         Backward has five products: S again, dP, dV, dQ and dK.
         """
