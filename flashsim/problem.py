@@ -184,6 +184,18 @@ class AttentionProblem:
         rule = self.mask_rule
         return self._of_all_entries(lambda b: rule.allowed_pairs(self.seqlen_q, self.seqlen_k, b)) / self.batch
 
+    def _q_walks(self, BLOCK_M: int, BLOCK_N: int, batch: int) -> list[KVWalk]:
+        """The Q tiles of each KV tile."""
+        known: dict[tuple[int, int, int], list[KVWalk]] = self.__dict__.setdefault("_q_walks_known", {})
+        key = (BLOCK_M, BLOCK_N, batch)
+        if key not in known:
+            visitors: list[dict[int, bool]] = [{} for _ in range(num_k_tiles(self, BLOCK_N))]
+            for m_block in range(num_q_tiles(self, BLOCK_M)):
+                for n_block, partial in kv_tiles(self, m_block, BLOCK_M, BLOCK_N, batch):
+                    visitors[n_block][m_block] = partial
+            known[key] = [KVWalk.of(tiles) for tiles in visitors]
+        return known[key]
+
     def _of_all_entries(self, count: Callable[[int], int]) -> int:
         """Sum of `count(batch entry)`, asked once where entries do not differ."""
         return sum(map(count, range(self.batch))) if self.mask_rule.by_batch else self.batch * count(0)
@@ -251,6 +263,21 @@ def kv_tiles(problem: AttentionProblem, m_block: int, BLOCK_M: int, BLOCK_N: int
         raise ValueError(f"m_block {m_block} with BLOCK_M {BLOCK_M} is outside of seqlen_q {problem.seqlen_q}")
     rows = range(first_row, min(first_row + BLOCK_M, problem.seqlen_q))
     return problem.mask_rule.walk(rows, BLOCK_N, problem.seqlen_q, problem.seqlen_k, batch)
+
+
+def num_k_tiles(problem: AttentionProblem, BLOCK_N: int) -> int:
+    """KV tiles of one head, the last one possibly short."""
+    return -(-problem.seqlen_k // BLOCK_N)
+
+
+def q_tiles(problem: AttentionProblem, n_block: int, BLOCK_M: int, BLOCK_N: int, batch: int = 0) -> KVWalk:
+    """The Q tiles that visit KV tile `n_block` of a head, last to first: `kv_tiles` the other way round.
+
+    Raises ValueError if there is no such KV tile.
+    """
+    if not 0 <= n_block < num_k_tiles(problem, BLOCK_N):
+        raise ValueError(f"n_block {n_block} with BLOCK_N {BLOCK_N} is outside of seqlen_k {problem.seqlen_k}")
+    return problem._q_walks(BLOCK_M, BLOCK_N, batch if problem.mask_rule.by_batch else 0)[n_block]
 
 
 def flops_executed(problem: AttentionProblem, BLOCK_M: int, BLOCK_N: int) -> int:

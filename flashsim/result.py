@@ -56,6 +56,8 @@ class Functional:
     lse_max_abs_error: float
     accepted: bool
     hazards: tuple[str, ...] = ()
+    gradient_max_abs_error: dict[str, float] | None = None
+    """Of dq, dk and dv, after a backward pass."""
 
 
 @dataclass(frozen=True)

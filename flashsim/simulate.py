@@ -17,7 +17,7 @@ from flashsim.machine.fast import FastSimulation
 from flashsim.machine.feasibility import fit
 from flashsim.machine.gpu import FullSimulation, KernelRun
 from flashsim.machine.options import Options
-from flashsim.problem import AttentionProblem, flops_executed
+from flashsim.problem import AttentionProblem
 from flashsim.result import UNITS, HbmBytes, KernelTime, Result, TensorBytes, Utilization
 from flashsim.schedules import Kernel, Schedule, load_schedule
 from flashsim.units import us_of_ticks
@@ -98,6 +98,8 @@ def run_kernels(
     """
     full = full or settings.tensors is not None or settings.draw is not None
     simulation = FullSimulation if full else FastSimulation
+    if settings.tensors is not None and problem.direction == "bwd":  # what the forward pass saves has to be there
+        run_kernels(replace(problem, direction="fwd"), schedule, device, clock_mhz, settings)
     return [
         simulation(_device_of(kernel, device), clock_mhz, kernel, problem, settings).run()
         for kernel in schedule.kernels(problem)
@@ -127,10 +129,11 @@ def naming_lines_of(schedule: type[Schedule]) -> Iterator[None]:
 
 def _tensors(problem: AttentionProblem, seed: int) -> dict[str, Any]:
     from flashsim.numerics.functional import refuse_large, run_tensors
-    from flashsim.numerics.inputs import random_inputs
+    from flashsim.numerics.inputs import random_do, random_inputs
 
     refuse_large(problem)
-    return run_tensors(problem, *random_inputs(problem, seed))
+    do = random_do(problem, seed) if "bwd" in problem.passes else None
+    return run_tensors(problem, *random_inputs(problem, seed), do)
 
 
 def _clock(device: DeviceSpec, clock_mhz: float | None) -> tuple[float, str]:
@@ -157,15 +160,6 @@ def _device_of(kernel: Kernel, device: DeviceSpec) -> DeviceSpec:
         return device
     rate = device.library.stream_efficiency * device.memory.hbm_peak_byte_per_ns
     return replace(device, memory=replace(device.memory, hbm_byte_per_ns=rate))
-
-
-def _flops_executed(problem: AttentionProblem, kernel: Kernel) -> int:
-    """FLOPs of all tiles that are computed, each counted whole."""
-    if not kernel.dense:
-        return flops_executed(problem, kernel.BLOCK_M, kernel.BLOCK_N)
-    rows = -(-problem.seqlen_q // kernel.BLOCK_M) * kernel.BLOCK_M
-    columns = -(-problem.seqlen_k // kernel.BLOCK_N) * kernel.BLOCK_N
-    return 2 * problem.batch * problem.heads_q * rows * columns * (problem.head_dim + problem.head_dim_v)
 
 
 def _hbm_bytes(runs: list[KernelRun]) -> HbmBytes:
@@ -218,7 +212,7 @@ def _result(
         peak_fraction=tflops / peak,
         datasheet_fraction=tflops / device.tensor.fp16_tflops,
         flops=problem.flops,
-        flops_executed=_flops_executed(problem, kernels[0]),
+        flops_executed=sum(run.flop for run in runs),
         hbm_bytes=_hbm_bytes(runs),
         peak_memory_bytes=problem.memory_bytes + schedule.workspace_byte(problem),
         utilization=utilization,

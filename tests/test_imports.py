@@ -16,7 +16,7 @@ FLASHSIM = ROOT / "flashsim"
 
 LAYERS = (
     ("units", "errors", "watchdog"),
-    ("masks", "problem"),
+    ("masks", "problem", "packing"),
     ("result", "devices"),
     ("schedules", "numerics", "engine"),
     ("testing",),
@@ -30,7 +30,7 @@ LAYERS = (
 )
 """What may be imported comes first. `masks` is the part of `problem` that needs a file of its own."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-INSIDE_ONE_LAYER = {("problem", "masks"), ("__main__", "__init__")}
+INSIDE_ONE_LAYER = {("problem", "masks"), ("packing", "masks"), ("packing", "problem"), ("__main__", "__init__")}
 ONLY_IN = {"simpy": {"engine"}, "torch": {"gpu"}, "triton": {"gpu"}}
 FILES = sorted(FLASHSIM.rglob("*.py"))
 

@@ -172,7 +172,7 @@ def test_all_problems_are_reported_at_once() -> None:
         "heads_kv: got '3', must be a whole number from 1 to 2147483647",
         "dtype: unknown dtype 'fp61', did you mean 'fp16'? (allowed: fp16, bf16, fp8)",
         "mask: unknown mask 'casual', did you mean 'causal'? (allowed: full, causal, window, prefix, chunked, "
-        "documents, global, blocks, butterfly, padding)",
+        "documents, global, blocks, butterfly, padding, varlen, varlen-causal)",
         "dropout: got 1.5, must be a number in [0, 1)",
     )
 
@@ -266,6 +266,17 @@ def test_flops_of_padded_sequences_are_summed_over_the_batch() -> None:
     assert kv_tiles(p, 0, 4, 4, batch=0).count == 1
     assert kv_tiles(p, 0, 4, 4, batch=1).count == 2
     assert flops_executed(p, 4, 4) == 3 * 3 * (1 + 2) * 2 * 4 * 4 * (16 + 8)
+
+
+@pytest.mark.parametrize(
+    ("mask", "pairs", "tiles"), [("varlen:3,0,8", 9 + 64, 1 + 4), ("varlen-causal:3,0,8", 6 + 36, 1 + 3)]
+)
+def test_flops_of_sequences_of_different_lengths_are_summed_over_the_batch(mask: str, pairs: int, tiles: int) -> None:
+    """Those of the allowed pairs; a Q tile past the end of its sequence visits nothing."""
+    p = AttentionProblem(batch=3, heads_q=4, heads_kv=2, seqlen_q=10, seqlen_k=8, head_dim=16, head_dim_v=8, mask=mask)
+    assert p.pairs == p.allowed_pairs == pairs / 3
+    assert p.flops == 2 * 4 * pairs * (16 + 8)
+    assert flops_executed(p, 4, 4) == 4 * tiles * 2 * 4 * 4 * (16 + 8)
 
 
 def test_a_mask_that_does_not_go_with_the_sizes() -> None:

@@ -9,9 +9,11 @@ from rich import box
 from rich.table import Table
 
 from flashsim.analysis.accuracy import AccuracyReport, ErrorStatistics
+from flashsim.analysis.fp8_error import VariantError
 from flashsim.analysis.run import CaseOutcome, published_beside
 from flashsim.devices import DeviceSpec
 from flashsim.io.case import PROBLEM_FIELDS
+from flashsim.io.experiment import Experiment
 from flashsim.io.measured import option_text
 from flashsim.io.scenario import Grid, Scenario, ScenarioCase
 from flashsim.result import Result
@@ -143,6 +145,27 @@ def run_footer(scenario: Scenario, outcomes: Sequence[CaseOutcome]) -> list[str]
             f"({beside.published.source})",
         ]
     return lines
+
+
+def fp8_error_parts(experiment: Experiment, errors: Sequence[VariantError]) -> list[Any]:
+    """The sizes, a table with one line per variant, and what its columns mean."""
+    rows = min(experiment.rows, experiment.seqlen)
+    sizes = ", ".join(f"{key} {getattr(experiment, key)}" for key in ("seqlen", "head_dim", "heads"))
+    table = _table(
+        [("variant", False), ("RMSE", True), ("min", True), ("max", True), ("published", True), ("ratio", True)]
+    )
+    for error in errors:
+        spread = (error.median, min(error.rmse, default=None), max(error.rmse, default=None), error.published)
+        cells = ["-" if value is None else f"{value:.2e}" for value in spread]
+        table.add_row(error.variant, *cells, "-" if error.ratio is None else f"{error.ratio:.2f}")
+    seeds = max((len(error.rmse) for error in errors), default=0)
+    return [
+        f"{sizes}, tile {experiment.BLOCK_M} x {experiment.BLOCK_N}",
+        table,
+        "",
+        f"RMSE: of {rows} rows of O against float64 attention of the unrounded tensors; median over {seeds} seeds",
+        *[f"published: {source}" for source in dict.fromkeys(error.source for error in errors) if source],
+    ]
 
 
 def clock_words(source: str) -> str:

@@ -183,7 +183,7 @@ def _traits(example: Example) -> set[frozenset[object]]:
     p, options = example.problem, example.options
     visited = p.mask_rule.walk(range(p.seqlen_q), options.get("BLOCK_N", 128), p.seqlen_q, p.seqlen_k).count
     kv_tiles = min(visited, MANY_TILES)
-    alone = {*options.items(), ("mask", p.mask.partition(":")[0]), ("gpu", example.gpu), ("sms", example.sms)}
+    alone = {*options.items(), ("mask", p.mask_rule.kind), ("gpu", example.gpu), ("sms", example.sms)}
     return {frozenset(three) for three in combinations({*alone, ("KV tiles", kv_tiles)}, 3)}
 
 

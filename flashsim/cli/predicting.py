@@ -30,7 +30,11 @@ def run(
     as_json: Json = False,
     output: Output = None,
 ) -> int:
-    """Simulate the cases of a scenario, beside what was measured."""
+    """Simulate the cases of a scenario, or run its experiment, beside what was measured."""
+    from flashsim.io.experiment import is_experiment
+
+    if is_experiment(scenario):
+        return _run_experiment(scenario, as_json, output)
     from flashsim.analysis.run import published_beside, raise_refused, run_cases
     from flashsim.io.output import json_text
     from flashsim.io.scenario import read_scenario
@@ -60,6 +64,34 @@ def run(
     if interrupted:
         return say_interrupted(len(outcomes), len(cases.cases))
     return FAILED if failures else OK
+
+
+def _run_experiment(path: str, as_json: bool, output: str | None) -> int:
+    from flashsim.analysis.fp8_error import seed_errors, summarize
+    from flashsim.io.experiment import read_experiment
+    from flashsim.io.output import json_text
+
+    scenario = read_experiment(path)
+    experiment = scenario.experiment
+    with output_file(output) as file:
+        found, interrupted = collect(seed_errors(experiment), experiment.seeds, "computing")
+        errors = summarize(scenario, found)
+        report = {
+            "scenario": scenario.path,
+            "title": scenario.title,
+            "complete": not interrupted,
+            "fp8_error": experiment.model_dump(),
+            "variants": [error.to_json() for error in errors],
+        }
+        if file is not None:
+            file.write(json_text(report))
+    if as_json:
+        write_json(report)
+    else:
+        from flashsim.analysis.tables import fp8_error_parts
+
+        show(*filter(None, [scenario.title]), *fp8_error_parts(experiment, errors))
+    return say_interrupted(len(found), experiment.seeds) if interrupted else OK
 
 
 @app.command()

@@ -1,7 +1,7 @@
 """Discrete events: time, units that serve, barriers, and what happened before what. Knows no GPU and no attention."""
 
 from flashsim.engine.barrier import Barrier, Completion, PhaseWait, Turn, TurnWait, Wait
-from flashsim.engine.causality import Access, Clock, Memory, Timeline, join
+from flashsim.engine.causality import Access, Clock, Memory, Part, Timeline, join
 from flashsim.engine.server import Server
 from flashsim.engine.simulation import Event, Simulation, Steps
 
@@ -12,6 +12,7 @@ __all__ = [
     "Completion",
     "Event",
     "Memory",
+    "Part",
     "PhaseWait",
     "Server",
     "Simulation",

@@ -16,6 +16,8 @@ from flashsim.units import cycle_of
 
 Clock = dict["Timeline", int]
 """For each timeline, how many of its operations are known to have ended."""
+Part = tuple[tuple[int, int], ...]
+"""Which part of a memory: along each of its axes, from where to where."""
 
 
 def join(into: Clock, other: Clock) -> None:
@@ -44,11 +46,11 @@ class Timeline:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """One access: operation number `count` of `timeline` touches `rows` of a memory until it ends."""
+    """One access: operation number `count` of `timeline` touches a part of a memory until it ends."""
 
     timeline: Timeline
     count: int
-    rows: tuple[int, int]
+    part: Part
     what: str
     time: int
 
@@ -70,33 +72,48 @@ class Memory:
     name: str
     writes: list[Access] = field(default_factory=list)
     reads: list[Access] = field(default_factory=list)
+    adds: list[Access] = field(default_factory=list)
     aliases: list[Memory] = field(default_factory=list)
+    order_matters: bool = False
+    """Something has been added in an order that depends on time: the sum does not, its rounding does."""
 
     def read(self, access: Access, clock: Clock) -> None:
         """Note a read that begins with knowledge `clock`. Raises Race if a write is not known to have ended."""
-        self._collide(self.writes, access, clock, rows=True)
+        self._collide(self.writes + self.adds, access, clock)
         for alias in self.aliases:
-            self._collide(alias.writes, access, clock, rows=False)
-        self.reads = [r for r in self.reads if r.timeline is not access.timeline or r.rows != access.rows]
+            self._collide(alias.writes + alias.adds, access, clock, anywhere=True)
+        self.reads = [r for r in self.reads if r.timeline is not access.timeline or r.part != access.part]
         self.reads.append(access)
 
     def write(self, access: Access, clock: Clock) -> None:
         """Note a write that begins with knowledge `clock`. Raises Race if any access is not known to have ended."""
-        self._collide(self.writes + self.reads, access, clock, rows=True)
+        self._collide(self.writes + self.adds + self.reads, access, clock)
         for alias in self.aliases:
-            self._collide(alias.writes + alias.reads, access, clock, rows=False)
-        self.writes = [w for w in self.writes if not _covers(access.rows, w.rows)] + [access]
-        self.reads = [r for r in self.reads if not _covers(access.rows, r.rows)]
+            self._collide(alias.writes + alias.adds + alias.reads, access, clock, anywhere=True)
+        self.writes = [w for w in self.writes if not _covers(access.part, w.part)] + [access]
+        self.adds = [a for a in self.adds if not _covers(access.part, a.part)]
+        self.reads = [r for r in self.reads if not _covers(access.part, r.part)]
 
-    def _collide(self, earlier: list[Access], access: Access, clock: Clock, *, rows: bool) -> None:
+    def add(self, access: Access, clock: Clock) -> None:
+        """Note an atomic addition that begins with knowledge `clock`: no two of them collide.
+
+        Raises Race if a read or a write is not known to have ended.
+        """
+        self._collide(self.writes + self.reads, access, clock)
+        unordered = (a for a in self.adds if not a.before(clock) and _overlap(a.part, access.part))
+        self.order_matters = self.order_matters or any(unordered)
+        known = [a for a in self.adds if a.before(clock) and _covers(access.part, a.part)]
+        self.adds = [a for a in self.adds if a not in known] + [access]
+
+    def _collide(self, earlier: list[Access], access: Access, clock: Clock, *, anywhere: bool = False) -> None:
         for other in earlier:
-            if not other.before(clock) and (not rows or _overlap(other.rows, access.rows)):
+            if not other.before(clock) and (anywhere or _overlap(other.part, access.part)):
                 raise Race(f"race on {self.name}: nothing orders {other} before {access}", memory=self)
 
 
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> bool:
-    return a[0] < b[1] and b[0] < a[1]
+def _overlap(a: Part, b: Part) -> bool:
+    return all(x[0] < y[1] and y[0] < x[1] for x, y in zip(a, b, strict=True))
 
 
-def _covers(outer: tuple[int, int], inner: tuple[int, int]) -> bool:
-    return outer[0] <= inner[0] and inner[1] <= outer[1]
+def _covers(outer: Part, inner: Part) -> bool:
+    return all(x[0] <= y[0] and y[1] <= x[1] for x, y in zip(outer, inner, strict=True))

@@ -66,6 +66,32 @@ def _size(value: object, info: ValidationInfo) -> int:
     return number
 
 
+def Whole(low: int, high: int) -> BeforeValidator:  # noqa: N802 - stands where a type does
+    """Marks an int as a whole number from *low* to *high*."""
+
+    def check(value: object, info: ValidationInfo) -> int:
+        number = whole_number(value, text=_text(info))
+        if not low <= number <= high:
+            raise ValueError(f"{shown(number)} is not between {low} and {high}")
+        return number
+
+    return BeforeValidator(check)
+
+
+def one_of(kind: str, allowed: Iterable[str]) -> Callable[[object], str]:
+    """A validator for one of the names *allowed*, which *kind* is the word for."""
+    names = tuple(allowed)
+
+    def check(value: object) -> str:
+        if not isinstance(value, str):
+            raise ValueError(f"{shown(value)} is not text (allowed: {', '.join(names)})")
+        if value not in names:
+            raise ValueError(unknown(kind, value, names))
+        return value
+
+    return check
+
+
 def _positive(value: object, info: ValidationInfo) -> float:
     number = finite_number(value, text=_text(info))
     if number <= 0:

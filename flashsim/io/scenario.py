@@ -39,6 +39,8 @@ from flashsim.io.measured import option_text
 MAX_CASES = 10_000
 """More than anybody reads in a table; a grid beyond it is a mistake."""
 TABLES = ("title", "case", "grid", "measured", "measured_from", "published")
+OTHER_TABLES = ("fp8_error",)
+"""A file with one of them is another kind of scenario: see `flashsim.io.experiment`."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ class _Point:
 def read_scenario(path: str | Path) -> Scenario:
     """Read and check a scenario. Raises InputError with one line per mistake in it."""
     tables = read_toml(path)
-    problems = [f"{path}: {unknown('key', name, TABLES)}" for name in tables if name not in TABLES]
+    if other := [name for name in OTHER_TABLES if name in tables]:
+        raise InputError(f"{path}: {other[0]}: is another kind of scenario, without cases")
+    allowed = (*TABLES, *OTHER_TABLES)
+    problems = [f"{path}: {unknown('key', name, allowed)}" for name in tables if name not in TABLES]
     title = tables.get("title", "")
     if not isinstance(title, str):
         problems.append(f"{path}: title: {shown(title)} is not text")

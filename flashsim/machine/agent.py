@@ -192,6 +192,14 @@ class Agent:
             index += 1
 
     def kv_tiles(self, tile: WorkTile, start: int = 0) -> Iterator[int]:
+        return self._inner_tiles("queries", tile, start)
+
+    def q_tiles(self, tile: WorkTile, start: int = 0) -> Iterator[int]:
+        return self._inner_tiles("keys", tile, start)
+
+    def _inner_tiles(self, over: str, tile: WorkTile, start: int) -> Iterator[int]:
+        if tile.kernel.grid.over != over:
+            raise SimulationError(f"{tile} visits the other tiles: its kernel's grid is over {tile.kernel.grid.over}")
         overhead = self.cta.kernel.overhead_instructions
         j = tile.first + start
         while j <= tile.last:
@@ -216,12 +224,19 @@ class Agent:
         self._say(Store(source, into, completion, effect))
         return completion
 
+    def atomic_add(self, source: View, into: HbmTile) -> Completion:
+        check_copy("atomic_add", source, into)
+        completion = self._completion("atomic_add", source, into)
+        effect = self.record.store(source, into, completion, add=True) if self.record else None
+        self._say(Store(source, into, completion, effect, add=True))
+        return completion
+
     def gemm(self, a: View, b: View, into: View, accumulate: bool = False) -> Completion:
         check_gemm(a, b, into)
         completion = self._completion("gemm", a, b, into)
         asynchronous = self.cta.kernel.mma == "wgmma"
         effect = self.record.gemm(a, b, into, accumulate, completion, asynchronous) if self.record else None
-        self._say((AsyncProduct if asynchronous else SyncProduct)(a, b, completion, effect))
+        self._say((AsyncProduct if asynchronous else SyncProduct)(a, b, into, completion, effect))
         return completion
 
     def map(self, op: MapOp, *operands: Any, into: View) -> Completion:
@@ -297,11 +312,23 @@ class RegisterFile:
         self.cta = cta
         self.kernel = cta.kernel
         self.problem = cta.problem
+        self.head_dim, self.head_dim_v = cta.head_dim, cta.head_dim_v
         self.index = agent.index
         self._prefix = f"{agent.name}'s "
+        self._warps = agent.role.warps
 
-    def tile(self, name: str, shape: tuple[int, int], dtype: str = "fp32", over: View | None = None) -> View:
-        buffer = Buffer(self._prefix + name, shape, dtype, "registers", self.cta.functional)
+    def tile(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        dtype: str = "fp32",
+        over: View | None = None,
+        warps: tuple[int, int] | None = None,
+    ) -> View:
+        layout = warps or (self._warps, 1)
+        if layout[0] * layout[1] != self._warps:
+            raise SimulationError(f"tile {name} is spread over {layout} warps, there are {self._warps}")
+        buffer = Buffer(self._prefix + name, shape, dtype, "registers", self.cta.functional, layout)
         if over:
             buffer.overlay(over.buffer)
         return buffer.whole

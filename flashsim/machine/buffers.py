@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from flashsim.engine import Barrier, Memory, PhaseWait
 from flashsim.errors import Hazard
+from flashsim.schedules.tensors import WIDTHS
 
 if TYPE_CHECKING:
     from flashsim.machine.cta import CTA
 
-ELEMENT_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+FOUR_BY_ONE = (4, 1)
+"""Layout of the warps of a warpgroup over a tile, (along rows, along columns): each has its own rows."""
 
 
-def check_rows(start: int, count: int, rows: int) -> None:
-    """Raises IndexError unless [start, start + count) are some of the `rows` of a tile."""
-    if start < 0 or count < 1 or start + count > rows:
-        raise IndexError(f"rows {start} to {start + count - 1} of a tile that has rows 0 to {rows - 1}")
+def check_range(what: str, start: int, count: int, length: int) -> None:
+    """Raises IndexError unless [start, start + count) are some of the rows, or columns, of a tile that has `length`."""
+    if start < 0 or count < 1 or start + count > length:
+        raise IndexError(f"{what} {start} to {start + count - 1} of a tile that has {what} 0 to {length - 1}")
 
 
 class Buffer:
@@ -38,11 +40,21 @@ class Buffer:
         "shape",
         "slot",
         "transposed",
+        "warps",
         "whole",
     )
 
-    def __init__(self, name: str, shape: tuple[int, int], dtype: str, place: str, functional: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        dtype: str,
+        place: str,
+        functional: bool,
+        warps: tuple[int, int] = FOUR_BY_ONE,
+    ) -> None:
         self.name = name
+        self.warps = warps
         self.shape = shape
         self.dtype = dtype
         self.place = place
@@ -55,12 +67,13 @@ class Buffer:
         self.empty_because = "nothing has been written to it"
         if functional:
             self.poison(self.empty_because)
-        self.whole = View(self, 0, shape[0], False)
-        self.transposed = View(self, 0, shape[0], True)
+        everything = ((0, shape[0]), (0, shape[1]))
+        self.whole = View(self, everything, False)
+        self.transposed = View(self, everything, True)
 
     @property
     def size_byte(self) -> int:
-        return self.shape[0] * self.shape[1] * ELEMENT_BYTES[self.dtype]
+        return self.shape[0] * self.shape[1] * WIDTHS[self.dtype]
 
     def overlay(self, other: Buffer) -> None:
         """Let this buffer lie at the addresses of `other`: a write to one destroys what is in the other."""
@@ -85,46 +98,59 @@ class Buffer:
 
 
 class View:
-    """Some rows of a buffer, perhaps transposed: what verbs take."""
+    """Some rows and columns of a buffer, perhaps transposed: what verbs take."""
 
-    __slots__ = ("buffer", "count", "dtype", "flipped", "place", "shape", "start")
+    __slots__ = ("buffer", "dtype", "flipped", "part", "place", "shape")
 
-    def __init__(self, buffer: Buffer, start: int, count: int, flipped: bool) -> None:
+    def __init__(self, buffer: Buffer, part: tuple[tuple[int, int], tuple[int, int]], flipped: bool) -> None:
+        """`part` is of the buffer: its rows, and its columns, from where to where."""
         self.buffer = buffer
-        self.start = start
-        self.count = count
+        self.part = part
         self.flipped = flipped
-        columns = buffer.shape[1]
-        self.shape = (columns, count) if flipped else (count, columns)
+        (top, bottom), (left, right) = part
+        self.shape = (right - left, bottom - top) if flipped else (bottom - top, right - left)
         self.dtype = buffer.dtype
         self.place = buffer.place
 
     @property
     def T(self) -> View:  # noqa: N802
-        if self.count == self.buffer.shape[0]:
+        if self.is_whole:
             return self.buffer.whole if self.flipped else self.buffer.transposed
-        return View(self.buffer, self.start, self.count, not self.flipped)
-
-    def rows(self, start: int, count: int) -> View:
-        check_rows(start, count, self.count)
-        if start == 0 and count == self.count:
-            return self
-        return View(self.buffer, self.start + start, count, self.flipped)
+        return View(self.buffer, self.part, not self.flipped)
 
     @property
-    def span(self) -> tuple[int, int]:
-        """The buffer's rows that this view covers."""
-        return self.start, self.start + self.count
+    def is_whole(self) -> bool:
+        return self.part == self.buffer.whole.part
+
+    def rows(self, start: int, count: int) -> View:
+        check_range("rows", start, count, self.shape[0])
+        return self._narrowed(int(self.flipped), start, count)
+
+    def columns(self, start: int, count: int) -> View:
+        check_range("columns", start, count, self.shape[1])
+        return self._narrowed(1 - int(self.flipped), start, count)
+
+    def _narrowed(self, axis: int, start: int, count: int) -> View:
+        """Only [start, start + count) along one axis of the buffer."""
+        begin = self.part[axis][0] + start
+        if (begin, begin + count) == self.part[axis]:
+            return self
+        rows, columns = ((begin, begin + count) if n == axis else span for n, span in enumerate(self.part))
+        return View(self.buffer, (rows, columns), self.flipped)
 
     @property
     def size_byte(self) -> int:
-        return self.shape[0] * self.shape[1] * ELEMENT_BYTES[self.dtype]
+        return self.shape[0] * self.shape[1] * WIDTHS[self.dtype]
+
+    def _numbers(self) -> Any:
+        rows, columns = self.part
+        return self.buffer.array[slice(*rows), slice(*columns)]
 
     def numbers(self) -> Any:
         """The numbers as they are now. Raises Hazard if some were never written, or belong to a released item."""
         import numpy as np
 
-        array = self.buffer.array[self.start : self.start + self.count]
+        array = self._numbers()
         if np.isnan(array).any():
             raise Hazard(f"{self} is read, but {self.buffer.empty_because}", memory=self.buffer.memory)
         return array.T if self.flipped else array
@@ -133,13 +159,16 @@ class View:
         """Overwrite the numbers."""
         for other in self.buffer.aliases:
             other.poison(f"{self.buffer.name} was written over it")
-        self.buffer.array[self.start : self.start + self.count] = array
+        self._numbers()[...] = array.T if self.flipped else array
         self.buffer.empty_because = "part of what was last written to it is not a number"
 
     def __str__(self) -> str:
-        if self.count == self.buffer.shape[0]:
-            return self.buffer.name
-        return f"{self.buffer.name} rows {self.start} to {self.start + self.count - 1}"
+        parts = [
+            f"{what} {begin} to {end - 1}"
+            for what, (begin, end), length in zip(("rows", "columns"), self.part, self.buffer.shape, strict=True)
+            if end - begin < length
+        ]
+        return " ".join([self.buffer.name, " and ".join(parts)]).rstrip()
 
 
 class Ring:

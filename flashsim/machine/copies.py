@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from flashsim.engine import Completion, Steps
 from flashsim.machine.buffers import View
-from flashsim.machine.costs import THREADS
 from flashsim.machine.operations import Effect
 from flashsim.machine.tiles import HbmTile
 from flashsim.units import ticks
@@ -39,7 +38,7 @@ class Load:
             assert tma is not None
             yield sim.at(sm.serve(sm.tma, ticks(tma.issue_clk)))
         else:
-            instructions = -(-self.into.size_byte // (16 * THREADS))
+            instructions = -(-self.into.size_byte // (16 * 32 * agent.role.warps))
             yield sim.at(sim.now + sm.vary("issue", ticks(4 * instructions)))
 
     def _by_tma(self, agent: Agent) -> bool:
@@ -48,7 +47,7 @@ class Load:
     def _travel(self, agent: Agent) -> Steps:
         sm, sim = agent.sm, agent.sim
         size = self.source.size_byte
-        sharers = agent.cta.kernel.cluster if self.source.tensor in ("K", "V") else 1
+        sharers = agent.cta.sharers(self.source.tensor)
         ready = sm.memory.fetch(self.source.key, size, sharers)
         if ready > sim.now:
             yield sim.at(ready)
@@ -63,33 +62,41 @@ class Load:
             self.into.buffer.ring.landed(self.into.buffer.slot, self.completion.clock)
 
 
+RED_BYTE_PER_CLK = 32
+"""What the port of the shared memory, which is also that of the L1, lets through of atomic additions: one sector."""
+
+
 class Store:
-    """A copy to HBM.
+    """A copy to HBM, or an atomic addition to what is there.
 
     Timing assumption: from shared memory, TMA reads the tile through the port while the warp goes on, and the slot is
     free when L2 has taken it; from registers, the tile passes through shared memory first, so that the stores coalesce,
-    and the warp is held until the port has let it through twice and the link and L2 have taken it.
+    and the warp is held until the port has let it through twice and the link and L2 have taken it. An addition from
+    registers (RED) does not: the port takes it a sector at a time.
     """
 
-    __slots__ = ("completion", "effect", "into", "source")
+    __slots__ = ("add", "completion", "effect", "into", "source")
 
-    def __init__(self, source: View, into: HbmTile, completion: Completion, effect: Effect) -> None:
+    def __init__(self, source: View, into: HbmTile, completion: Completion, effect: Effect, add: bool = False) -> None:
         self.source = source
         self.into = into
         self.completion = completion
         self.effect = effect
+        self.add = add
 
     def perform(self, agent: Agent) -> Steps:
         sm, sim = agent.sm, agent.sim
         size = self.into.size_byte
         if self.source.place == "registers":
-            if self.effect:  # st reads its registers when it is issued
+            if self.effect:  # st and red read their registers when they are issued
                 self.effect()
                 self.effect = None
-            if self.source.shape[1] > 1:
+            if self.add:
+                yield sim.at(sm.serve(sm.smem, ticks(size / RED_BYTE_PER_CLK)))
+            elif self.source.shape[1] > 1:
                 yield sim.at(sm.serve(sm.smem, 2 * sm.costs.smem(size)))
             crossed = sm.serve(sm.link, agent.link_rate(size))
-            yield sim.at(max(crossed, sm.memory.write(self.into.key, size)))
+            yield sim.at(max(crossed, self._arrive(agent, size)))
             self.completion.done()
             return
         tma = sm.costs.device.tma
@@ -102,7 +109,11 @@ class Store:
         size = self.into.size_byte
         yield sim.at(sm.serve(sm.smem, sm.costs.smem(size)))
         yield sim.at(sm.serve(sm.link, agent.link_rate(size)) + sm.vary("memory", sm.memory.latency))
-        yield sim.at(sm.memory.write(self.into.key, size))
+        yield sim.at(self._arrive(agent, size))
         if self.effect:
             self.effect()
         self.completion.done()
+
+    def _arrive(self, agent: Agent, size: int) -> int:
+        memory = agent.sm.memory
+        return (memory.add if self.add else memory.write)(self.into.key, size)

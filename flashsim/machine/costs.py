@@ -24,6 +24,10 @@ MASK_INSTRUCTIONS = 5
 """ALU instructions per element of a masked tile. The compiled loops show two (compare, select); 5 is fitted to the
 causal rows of the locked-clock session, where it may stand for other costs of a query tile."""
 
+DROPOUT_INSTRUCTIONS = 9
+"""Integer instructions per element of Philox4x32-10, compare and select: ten rounds of two wide multiplications and
+four exclusive ors a call, shared by the elements that use its bits. What dropout costs FlashAttention-1's rows."""
+
 
 class Count(NamedTuple):
     """Thread instructions per element."""
@@ -36,8 +40,12 @@ class Count(NamedTuple):
 MAP_COUNT = {
     "mask": Count(alu=MASK_INSTRUCTIONS),
     "scale": Count(fma=1),
+    "dropout": Count(fma=1, alu=DROPOUT_INSTRUCTIONS),
     "exp": Count(fma=1, exp=1),  # one FFMA scales and subtracts the maximum, one EX2
+    "exp_lse": Count(fma=1, exp=1),
     "rescale_factor": Count(fma=1, exp=1),
+    "add": Count(fma=1),
+    "sub": Count(fma=1),
     "mul": Count(fma=1),
     "div": Count(fma=1),
     "lse": Count(fma=1, exp=1),
@@ -125,12 +133,17 @@ class Costs:
         read = instructions * (n * 32 + (64 * 32 if a_in_shared else 0))
         return ticks(instructions * interval), read
 
-    def mma_sync(self, m: int, n: int, k: int, a_in_shared: bool) -> tuple[int, int, int, int]:
-        """m x n x k by one warpgroup: (steps of 16 along k, tensor ticks a step, LDSMs a step, port ticks an LDSM).
+    def mma_sync(self, m: int, n: int, k: int, a_in_shared: bool, warps: tuple[int, int]) -> tuple[int, int, int, int]:
+        """m x n x k by warps that share rows and columns: (steps of 16 along k, tensor ticks a step, LDSMs a step, port
+        ticks an LDSM).
 
-        Each warp has m / 4 rows, m16n8k16 instructions; it reads its own rows of A and all of B, 512 bytes an LDSM.
+        m16n8k16 instructions; each warp reads its own rows of A and its own columns of B, 512 bytes an LDSM. Four warps
+        have the tensor cores of a sub-partition each, fewer leave the rest to others.
         """
-        instructions = -(-m // 64) * -(-n // 8)
-        read = (m if a_in_shared else 0) * 32 + 4 * n * 32
-        ldsms = -(-read // (4 * LDSM_BYTE))
-        return -(-k // 16), ticks(instructions * self.device.tensor.mma_sync_clk), ldsms, self.smem(read) // ldsms
+        along_m, along_n = warps
+        count = along_m * along_n
+        instructions = -(-m // (16 * along_m)) * -(-n // (8 * along_n))
+        read = ((m * along_n if a_in_shared else 0) + n * along_m) * 32
+        ldsms = -(-read // (count * LDSM_BYTE))
+        duration = ticks(instructions * self.device.tensor.mma_sync_clk * count / 4)
+        return -(-k // 16), duration, ldsms, self.smem(read) // ldsms

@@ -50,6 +50,7 @@ class CTA:
         self._rings: list[Ring] = []
         self._syncs: list[Sync] = []
         self._turns: list[EngineTurn] = []
+        self.head_dim, self.head_dim_v = kernel.widths(problem)
         self.shared = kernel.shared(self)
         self.agents = [Agent(self, role, index) for role in kernel.roles for index in range(role.count)]
         self.speaker = self.agents[0]
@@ -81,6 +82,10 @@ class CTA:
             self._items += new.count
             self._busy_tiles += new.count > 0
         return self._tiles[index] if index < len(self._tiles) else None
+
+    def sharers(self, tensor: str) -> int:
+        """CTAs of a cluster that receive what one of them loads of a tensor."""
+        return self.kernel.cluster if self.kernel.is_common(tensor) else 1
 
     def leftovers(self) -> list[str]:
         """What is wrong at the end: slots that still hold something, barriers in the wrong phase. Empty if

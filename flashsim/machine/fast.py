@@ -16,10 +16,10 @@ from flashsim.engine import Simulation, Steps
 from flashsim.machine.feasibility import fit
 from flashsim.machine.gpu import KernelRun
 from flashsim.machine.grid import WorkTiles, tile_count
-from flashsim.machine.memory import SHARED_TENSORS, Key, PrivateMemory, SharedMemory
+from flashsim.machine.memory import Key, PrivateMemory, SharedMemory
 from flashsim.machine.options import Options
 from flashsim.machine.pace import WINDOW, Mark, Pace
-from flashsim.machine.probe import STREAMED, Probe, TileClass
+from flashsim.machine.probe import Probe, TileClass
 from flashsim.machine.sm import UNITS
 from flashsim.machine.tiles import Coordinates
 from flashsim.problem import AttentionProblem
@@ -125,7 +125,7 @@ class FastSimulation:
         probe = self._probe = Probe(self.device, self.clock_mhz, k, p)
         total = probe.kv_tiles
         # Work tiles that have nothing in common can be taken together: their traffic just adds up.
-        common = k.grid.launch != "cta" or not probe.tensors.isdisjoint(SHARED_TENSORS)
+        common = k.grid.launch != "cta" or any(map(k.is_common, probe.tensors))
         chunks = MAX_CHUNKS_OF_STREAM if k.library else MAX_CHUNKS
         together = self._together = 1 if common else max(1, tile_count(k, p) // chunks)
         self._pace = Pace(probe, max(1, total // chunks // together), together, not self.options.private_memory)
@@ -133,16 +133,16 @@ class FastSimulation:
         sim = self._sim
         tma = k.copy == "tma"
         shared = SharedMemory(sim, costs, tma, self.options.seed)
-        self._memory = PrivateMemory(sim, costs, tma) if self.options.private_memory else shared
+        self._memory = PrivateMemory(sim, costs, tma, k.is_common) if self.options.private_memory else shared
         self._done: dict[TileClass, int] = {}
         sms = [_Sm() for _ in range(self.device.sm.count)]
         launch = self._end = costs.ns(self.device.launch.kernel_us * 1000)
         interval = costs.ns(self.device.launch.cta_interval_ns)
-        grid = WorkTiles(k, p, len(sms) * per_sm, together)
+        grid = self._grid = WorkTiles(k, p, len(sms) * per_sm, together)
         for slot in range(min(grid.slots, grid.count)):
             sim.start(self._slot(sms[slot % len(sms)], launch + slot * interval, grid.of_slot(slot)))
         sim.run(watched=False)
-        busy = dict.fromkeys(UNITS, 0)
+        busy = dict.fromkeys((*UNITS, "flop"), 0)
         for tile, times in self._done.items():
             for unit, work in self._pace.busy(tile).items():
                 busy[unit] += work * times
@@ -151,6 +151,7 @@ class FastSimulation:
             ticks=self._end,
             launch=launch,
             active=sum(sm.active for sm in sms),
+            flop=busy.pop("flop"),
             busy=busy,
             read_byte=shared.read_byte,
             written_byte=shared.written_byte,
@@ -161,9 +162,9 @@ class FastSimulation:
     def _slot(self, host: _Sm, begin: int, source: Iterator[Coordinates]) -> Steps:
         """The CTAs that follow each other in one slot of an SM."""
         yield self._sim.at(begin)
-        if self.kernel.grid.launch == "cta":
-            for where in source:
-                yield from self._cta(host, iter((where,)))
+        if self._grid.many_ctas:
+            while tiles := self._grid.of_next_cta():
+                yield from self._cta(host, iter(tiles))
         else:
             yield from self._cta(host, source)
 
@@ -175,8 +176,7 @@ class FastSimulation:
         pending: deque[_Due] = deque()
         yield from cta.go_on(asked)
         for where in source:
-            m_block, _, batch = where
-            tile, walk = self._probe.class_of(m_block, batch), self._probe.walk_at(m_block, batch)
+            tile, walk = self._probe.class_of(where), self._probe.walk_at(where)
             self._done[tile] = self._done.get(tile, 0) + self._together
             course = self._pace.course(before, tile, walk.blocks[-1] if walk.blocks else 0)
             before = (*before, tile)[-WINDOW:]
@@ -203,15 +203,15 @@ class FastSimulation:
 
     def _move(self, mark: Mark, where: Coordinates) -> int:
         """Let the memory have what moves at `mark`; returns when it can go on."""
-        m_block, head, batch = where
-        tensor, stored = mark.what
-        common = tensor in SHARED_TENSORS
-        row, head = (0, head // self.problem.heads_per_kv) if common else (m_block, head)
-        block = 0
-        if tensor in STREAMED:
-            piece, chunk = mark.piece, self._pace.chunk
-            block = self._probe.walk_at(m_block, batch).block(piece.item + piece.items - 1) // chunk
-        key: Key = (tensor, batch, head, row, block)
-        if stored:
-            return self._memory.write(key, mark.piece.size_byte)
-        return self._memory.fetch(key, mark.piece.size_byte, self.kernel.cluster if common else 1)
+        k, piece = self.kernel, mark.piece
+        tensor, how = mark.what
+        row, head, column = where.block, where.head, 0
+        if k.tensor(tensor).heads == "kv" and k.grid.heads == "q":
+            head //= self.problem.heads_per_kv
+        if k.streams(tensor):
+            chunk = self._probe.walk_at(where).block(piece.item + piece.items - 1) // self._pace.chunk
+            row, column = (chunk, 0) if k.is_common(tensor) else (row, chunk)
+        key: Key = (tensor, where.batch, head, row, column, where.split if k.tensor(tensor).splits else 0)
+        if how == "fetch":
+            return self._memory.fetch(key, piece.size_byte, k.cluster if k.is_common(tensor) else 1)
+        return (self._memory.write if how == "write" else self._memory.add)(key, piece.size_byte)

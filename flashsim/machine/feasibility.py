@@ -7,9 +7,9 @@ from typing import Any
 
 from flashsim.devices import DeviceSpec
 from flashsim.errors import Infeasible
-from flashsim.machine.buffers import ELEMENT_BYTES
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import OTHER_REGISTERS, Kernel, Role
+from flashsim.schedules.tensors import WIDTHS
 
 BARRIER_BYTE = 16
 """A full and an empty mbarrier of 8 bytes for each slot of a ring."""
@@ -34,7 +34,7 @@ def fit(kernel: Kernel, problem: AttentionProblem, device: DeviceSpec) -> Fit:
         if feature in (kernel.mma, kernel.copy) and there is None:
             reasons.append(f"{kernel.name} needs {feature}, which {device.name} ({device.architecture}) has not")
     tile = f"BLOCK_M = {kernel.BLOCK_M}, BLOCK_N = {kernel.BLOCK_N}"
-    smem = SharedNeed(problem)
+    smem = SharedNeed(kernel, problem)
     kernel.shared(smem)
     smem_byte = smem.total
     if smem_byte > device.smem.per_cta_max_byte:
@@ -74,8 +74,9 @@ def fit(kernel: Kernel, problem: AttentionProblem, device: DeviceSpec) -> Fit:
 class SharedNeed:
     """Stands in for a CTA where a schedule declares its shared memory, and counts bytes."""
 
-    def __init__(self, problem: AttentionProblem) -> None:
+    def __init__(self, kernel: Kernel, problem: AttentionProblem) -> None:
         self.problem = problem
+        self.head_dim, self.head_dim_v = kernel.widths(problem)
         self.parts: dict[str, int] = {}
 
     @property
@@ -101,15 +102,17 @@ class SharedNeed:
         return name
 
     def _byte(self, shape: tuple[int, int], dtype: str | None) -> int:
-        return shape[0] * shape[1] * ELEMENT_BYTES[dtype or self.problem.dtype]
+        return shape[0] * shape[1] * WIDTHS[dtype or self.problem.dtype]
 
 
 class RegisterNeed:
     """Stands in for a warpgroup where a role declares its register tiles, and counts registers of a thread."""
 
-    def __init__(self, kernel: Kernel, problem: AttentionProblem) -> None:
+    def __init__(self, kernel: Kernel, problem: AttentionProblem, warps: int) -> None:
         self.kernel = kernel
+        self._warps = warps
         self.problem = problem
+        self.head_dim, self.head_dim_v = kernel.widths(problem)
         self.index = 0
         self._alive: dict[int, int] = {}
 
@@ -117,8 +120,8 @@ class RegisterNeed:
     def per_thread(self) -> int:
         return sum(self._alive.values()) + OTHER_REGISTERS
 
-    def tile(self, name: str, shape: tuple[int, int], dtype: str = "fp32", over: Any = None) -> Any:
-        need = -(-shape[0] * shape[1] * ELEMENT_BYTES[dtype] // (4 * 128))
+    def tile(self, name: str, shape: tuple[int, int], dtype: str = "fp32", over: Any = None, warps: Any = None) -> Any:
+        need = -(-shape[0] * shape[1] * WIDTHS[dtype] // (4 * THREADS_PER_WARP * self._warps))
         if over is not None:
             self._alive[over] = max(self._alive[over], need)
             return over
@@ -131,7 +134,7 @@ class RegisterNeed:
 
 def registers_per_thread(role: Role, kernel: Kernel, problem: AttentionProblem) -> int:
     """Registers that a thread of `role` needs; a role that declares none needs only the others."""
-    need = RegisterNeed(kernel, problem)
+    need = RegisterNeed(kernel, problem, role.warps)
     if role.registers:
         role.registers(need)
     return need.per_thread

@@ -19,14 +19,25 @@ from flashsim.machine.options import EVENTS_PER_KV_TILE, Options
 from flashsim.machine.shared_hbm import SharedHbm
 from flashsim.machine.sm import SM, UNITS
 from flashsim.machine.tiles import Coordinates
-from flashsim.problem import AttentionProblem, num_q_tiles
+from flashsim.problem import AttentionProblem, num_k_tiles, num_q_tiles
 from flashsim.schedules.base import Kernel
 
 
 def event_limit(kernel: Kernel, problem: AttentionProblem) -> int:
     """Events that no run of `kernel` takes that comes to its end."""
-    longest = -(-problem.seqlen_k // kernel.BLOCK_N)
-    return EVENTS_PER_KV_TILE * (1 + longest) * num_q_tiles(problem, kernel.BLOCK_M) * problem.heads_q * problem.batch
+    q_tiles, kv_tiles = num_q_tiles(problem, kernel.BLOCK_M), num_k_tiles(problem, kernel.BLOCK_N)
+    splits = kernel.grid.splits or 1
+    return EVENTS_PER_KV_TILE * (1 + q_tiles) * (1 + kv_tiles) * splits * problem.heads_q * problem.batch
+
+
+def _allocate(tensors: dict[str, Any], kernel: Kernel, problem: AttentionProblem) -> None:
+    """Add the kernel's workspace to the tensors of a functional run, full of NaN, unless a kernel before it has."""
+    import numpy as np
+
+    for name, tensor in kernel.workspace.items():
+        splits = (kernel.grid.splits,) if tensor.splits and kernel.grid.splits else ()
+        if name not in tensors:
+            tensors[name] = np.full((*splits, *tensor.shape(problem)), np.nan)
 
 
 @dataclass
@@ -39,6 +50,8 @@ class KernelRun:
     """Of these, until the first CTA starts."""
     active: int
     """Ticks in which an SM had a CTA."""
+    flop: int
+    """Of all products, each tile counted whole."""
     busy: dict[str, int]
     read_byte: Mapping[str, int]
     """By tensor."""
@@ -72,12 +85,14 @@ class FullSimulation:
     def run(self) -> KernelRun:
         """Simulate. Raises Deadlock, Race or Hazard if the schedule is wrong, Infeasible if it does not fit."""
         o, k = replace(self.options, hbm=SharedHbm()), self.kernel
+        if o.tensors is not None:
+            _allocate(o.tensors, k, self.problem)
         per_sm = fit(k, self.problem, self.device).ctas_per_sm
         sim = self._sim = Simulation()
         costs = Costs(self.device, self.clock_mhz)
         tma = k.copy == "tma"
         shared = SharedMemory(sim, costs, tma, o.seed)
-        private = PrivateMemory(sim, costs, tma)
+        private = PrivateMemory(sim, costs, tma, k.is_common)
         memory = private if o.private_memory else shared
         self._settings = o
         self._sms = [_Sm(SM(sim, costs, memory, o.draw)) for _ in range(self.device.sm.count)]
@@ -97,6 +112,7 @@ class FullSimulation:
             ticks=self._end,
             launch=launch,
             active=sum(s.active for s in self._sms),
+            flop=sum(s.sm.flop for s in self._sms),
             busy=busy,
             read_byte=shared.read_byte,
             written_byte=shared.written_byte,
@@ -108,11 +124,10 @@ class FullSimulation:
         """Start a CTA on `host` at tick `at`."""
         sim = self._sim
         yield sim.at(at)
-        if self.kernel.grid.launch == "cta":
-            first = next(source, None)
-            if first is None:
+        if self._grid.many_ctas:
+            source = iter(first := self._grid.of_next_cta())
+            if not first:
                 return
-            source = iter((first,))
         if host.resident == 0:
             host.since = sim.now
         host.resident += 1
@@ -128,5 +143,5 @@ class FullSimulation:
         self._end = self._sim.now
         if host.resident == 0:
             host.active += self._sim.now - host.since
-        if self.kernel.grid.launch == "cta" and self._grid.left:
-            self._sim.start(self._start(host, self._sim.now, self._grid.next_ones()))
+        if self._grid.many_ctas and self._grid.left:
+            self._sim.start(self._start(host, self._sim.now, iter(())))

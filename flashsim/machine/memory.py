@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
+from collections.abc import Callable
+from functools import cache
 from random import Random
 from typing import Protocol
 
 from flashsim.engine import Server, Simulation
 from flashsim.machine.costs import Costs
 
-SHARED_TENSORS = ("K", "V")
-"""What many CTAs read, and L2 may hold; everything else is read by one."""
-
-Key = tuple[str, int, int, int, int]
-"""Names a tile: tensor, batch, head, first row, first column."""
+Key = tuple[str, int, int, int, int, int]
+"""Names a tile: tensor, batch, head, first row, first column, split."""
 
 
 class Memory(Protocol):
@@ -28,14 +27,18 @@ class Memory(Protocol):
     def write(self, key: Key, size_byte: int) -> int:
         """A tile arrives at L2, and goes on to HBM; returns the tick at which L2 has room for it."""
 
+    def add(self, key: Key, size_byte: int) -> int:
+        """The same for a tile that is added to what is there."""
+
 
 class SharedMemory:
     """One L2 and one HBM for all SMs.
 
     L2 holds whole tiles, the least recently used leave first; a tile on its way from HBM is waited for, not fetched
     again. Timing assumption: HBM serves tile after tile at its achievable rate; its latency beyond L2's comes on top.
-    What is written takes room in L2 and a share of the HBM rate at once, though the hardware writes it back later;
-    whoever writes waits when HBM is behind by more than L2 holds.
+    What is written takes room in L2 and a share of the HBM rate at once, though the hardware writes it back later, and
+    costs HBM nothing when it is written again while L2 has it; whoever writes waits when HBM is behind by more than L2
+    holds. Atomic additions are done in L2, at its rate.
     """
 
     def __init__(self, sim: Simulation, costs: Costs, tma: bool, seed: int) -> None:
@@ -47,8 +50,8 @@ class SharedMemory:
         """Ticks by which a tile that L2 does not hold comes later, the time of its bytes apart."""
         self._capacity = m.l2_share_byte
         self._held = 0
-        self._tiles: OrderedDict[Key, tuple[int, int]] = OrderedDict()
-        """Tile to (bytes, tick at which it is complete), the least recently used first."""
+        self._tiles: OrderedDict[Key, tuple[int, int, bool]] = OrderedDict()
+        """Tile to (bytes, tick at which it is complete, is it newer than HBM's), the least recently used first."""
         self.hbm = Server(sim, "hbm")
         self.l2 = Server(sim, "l2")
         self._hbm_rate = costs.byte_rate(m.hbm_byte_per_ns)
@@ -67,40 +70,54 @@ class SharedMemory:
         if held is None:
             ready = self.hbm.serve(self._hbm_rate(size_byte)) + self.miss + self._random.randrange(self._spread + 1)
             self.read_byte[key[0]] += size_byte
-            self._keep(key, size_byte, ready)
+            self._keep(key, size_byte, ready, newer=False)
         else:
             ready = held[1]
             self._tiles.move_to_end(key)
         return self.l2.serve_from(now, self._l2_rate(size_byte // sharers)) if ready <= now else ready
 
     def write(self, key: Key, size_byte: int) -> int:
-        written = self.hbm.serve(self._hbm_rate(size_byte))
-        self.written_byte[key[0]] += size_byte
-        self._keep(key, size_byte, self.sim.now)
+        held = self._tiles.get(key)
+        written = self.hbm.free
+        if held is None or not held[2]:
+            written = self.hbm.serve(self._hbm_rate(size_byte))
+            self.written_byte[key[0]] += size_byte
+        self._keep(key, size_byte, self.sim.now, newer=True)
         return max(self.sim.now, written - self._write_back)
 
-    def _keep(self, key: Key, size_byte: int, ready: int) -> None:
+    def add(self, key: Key, size_byte: int) -> int:
+        if key not in self._tiles:
+            self.hbm.serve(self._hbm_rate(size_byte))
+            self.read_byte[key[0]] += size_byte
+        added = self.l2.serve(self._l2_rate(size_byte))
+        return max(added, self.write(key, size_byte))
+
+    def _keep(self, key: Key, size_byte: int, ready: int, newer: bool) -> None:
         if key in self._tiles:
             self._held -= self._tiles.pop(key)[0]
-        self._tiles[key] = (size_byte, ready)
+        self._tiles[key] = (size_byte, ready, newer)
         self._held += size_byte
         while self._held > self._capacity:
             self._held -= self._tiles.popitem(last=False)[1][0]
 
 
 class PrivateMemory:
-    """Memory that no other SM uses: K and V are in L2, what only one CTA reads is not, and nothing but the SM's own
-    link limits the rate."""
+    """Memory that no other SM uses: what work tiles have in common is in L2, what only one reads is not, and only the
+    SM's own link limits the rate."""
 
-    def __init__(self, sim: Simulation, costs: Costs, tma: bool) -> None:
+    def __init__(self, sim: Simulation, costs: Costs, tma: bool, is_common: Callable[[str], bool]) -> None:
         m, t = costs.device.memory, costs.device.tma
         l2_ns, hbm_ns = (t.l2_latency_ns, t.hbm_latency_ns) if tma and t else (m.l2_latency_ns, m.hbm_latency_ns)
         self.sim = sim
         self.latency = costs.ns(l2_ns)
         self.miss = costs.ns(hbm_ns) - self.latency
+        self._is_common = cache(is_common)
 
     def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
-        return self.sim.now + (0 if key[0] in SHARED_TENSORS else self.miss)
+        return self.sim.now + (0 if self._is_common(key[0]) else self.miss)
 
     def write(self, key: Key, size_byte: int) -> int:
+        return self.sim.now
+
+    def add(self, key: Key, size_byte: int) -> int:
         return self.sim.now

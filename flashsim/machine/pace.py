@@ -12,8 +12,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
-from flashsim.machine.memory import SHARED_TENSORS
-from flashsim.machine.probe import STREAMED, Late, Probe, TileClass, What
+from flashsim.machine.probe import Late, Probe, TileClass, What
 from flashsim.machine.tiles import HbmTile
 
 LENGTHS = (24, 48, 96)
@@ -97,6 +96,9 @@ class Pace:
         tile = probe.typical
         self._sample = tile._replace(count=min(tile.count, SAMPLE), partial=min(tile.partial, SAMPLE), partial_end=0)
 
+    def _streams(self, tensor: str) -> bool:
+        return self.probe.kernel.streams(tensor)
+
     # Long loops.
 
     def fold(self, tile: TileClass) -> tuple[TileClass, int, int]:
@@ -149,12 +151,13 @@ class Pace:
 
         marks: list[Mark] = []
         for what, times in trace.moves[len(tiles) - 1].items():
-            expected = 0 if what.stored or what.tensor in SHARED_TENSORS else self.probe.miss
-            for piece in self._pieces(what.tensor, tile, offset):
-                if what.tensor in STREAMED:
+            expected = self.probe.miss if what.is_load and not self.probe.kernel.is_common(what.tensor) else 0
+            once = Piece(0, 1, trace.once_byte[len(tiles) - 1][what])
+            for piece in self._pieces(what.tensor, tile, offset) if self._streams(what.tensor) else (once,):
+                if self._streams(what.tensor):
                     at = when(times, piece.item)
                 else:  # once: loads are at the start of a work tile, stores at its end
-                    at = times[0] - start + (longer if what.stored else 0)
+                    at = times[0] - start + (0 if what.is_load else longer)
                 slack, held = self._slack(what, len(tiles) == 1, piece.item)
                 number = len(marks) // 2
                 marks.append(Mark(at, at, what, False, piece, number))
@@ -165,7 +168,7 @@ class Pace:
         return course if self.together == 1 else course.times(self.together)
 
     def _pieces(self, tensor: str, tile: TileClass, offset: int) -> list[Piece]:
-        """The parts of `tensor` that are taken together, in the order of the KV tiles."""
+        """The parts of a tensor that streams which are taken together, in the order of the KV tiles."""
         key = (tensor, tile, offset)
         if key not in self._parts:
             self._parts[key] = self._divide(tensor, tile, offset)
@@ -173,8 +176,6 @@ class Pace:
 
     def _divide(self, tensor: str, tile: TileClass, offset: int) -> list[Piece]:
         work = self.probe.work_tile(tile)
-        if tensor not in STREAMED:
-            return [Piece(0, 1, getattr(work, tensor).size_byte)]
         pieces = []
         item = 0
         while item < tile.count:
@@ -196,8 +197,8 @@ class Pace:
         if key not in self._slacks:
             sample = self._sample
             tiles = [sample] if self._one_each else [sample] * 2
-            tile = 0 if self._one_each or first or what.stored else 1
-            item = min(key[2], sample.count - 1) if what.tensor in STREAMED else 0
+            tile = 0 if self._one_each or first or not what.is_load else 1
+            item = min(key[2], sample.count - 1) if self._streams(what.tensor) else 0
             on_time = self.probe.run(tiles)
             slack = 0
             for by in (on_time.end // A_LITTLE, on_time.end):
@@ -243,7 +244,7 @@ class Pace:
         return self.probe.run([TileClass(1, 0, False, False)]).asks[0]
 
     def busy(self, tile: TileClass) -> dict[str, int]:
-        """Ticks of work for each unit in `tile`."""
+        """Ticks of work for each unit in `tile`, and FLOPs."""
         short, _, more = self.fold(tile)
         base = self.probe.run([short]).busy
         if not more:

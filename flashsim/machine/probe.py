@@ -16,29 +16,31 @@ from flashsim.devices import DeviceSpec
 from flashsim.engine import Simulation
 from flashsim.machine.costs import Costs
 from flashsim.machine.cta import CTA, run_to_end
+from flashsim.machine.grid import grid_heads
 from flashsim.machine.memory import Key, PrivateMemory
 from flashsim.machine.options import EVENTS_PER_KV_TILE, Options
 from flashsim.machine.sm import SM, UNITS
-from flashsim.machine.tiles import Shortened, WorkTile, walk_of
+from flashsim.machine.tiles import Coordinates, Shortened, WorkTile, outer_blocks, walk_of
 from flashsim.masks import KVWalk
-from flashsim.problem import AttentionProblem, num_q_tiles
+from flashsim.problem import AttentionProblem, num_k_tiles, num_q_tiles
 from flashsim.schedules.base import Kernel
 
-STREAMED = {"K": 3, "V": 3, "S": 4, "P": 4}
-"""Tensors that every KV tile has a part of, and where in the part's key its keys' position is."""
+ROW, COLUMN = 3, 4
+"""Where in a tile's key its position is."""
 ROOM = 256
-"""KV tiles by which a probe's keys are longer than the problem's, so that a loop can be tried at any length."""
+"""Tiles by which a probe's inner loop can be longer than the problem's, so that it can be tried at any length."""
 
 
 class TileClass(NamedTuple):
-    """What decides how long a work tile takes, its memory traffic apart."""
+    """What decides how long a work tile takes, its memory traffic apart: said of a block of queries, which visits KV
+    tiles; a block of keys visits Q tiles."""
 
     count: int  # type: ignore[assignment] # of KV tiles, not tuple.count
     partial: int
     """How many of the first ones need masking."""
-    short_q: bool
-    """Its query rows end with the problem's."""
-    short_k: bool
+    short: bool
+    """Its queries end with the problem's."""
+    short_first: bool
     """The first KV tile that it visits ends with the keys."""
     partial_end: int = 0
     """How many of the last ones need masking, too."""
@@ -48,7 +50,12 @@ class What(NamedTuple):
     """Something that moves between HBM and the SM."""
 
     tensor: str
-    stored: bool
+    how: str
+    """`fetch`, `write` or `add`: what the memory is asked for."""
+
+    @property
+    def is_load(self) -> bool:
+        return self.how == "fetch"
 
 
 class Late(NamedTuple):
@@ -68,8 +75,11 @@ class Trace:
     """When each work tile was asked for; of a CTA that takes many, the last one found that there was none left."""
     end: int
     busy: dict[str, int]
+    """Ticks by unit, and `flop`: those of all products."""
     moves: list[dict[What, dict[int, int]]]
     """For each work tile: when the part of each of its KV tiles moved; 0 stands for all that moves once."""
+    once_byte: list[Counter[What]]
+    """For each work tile: bytes of what moves once."""
     walks: list[list[int]]
     """For each warpgroup, when it started each KV tile."""
 
@@ -80,47 +90,59 @@ class Probe:
     def __init__(self, device: DeviceSpec, clock_mhz: float, kernel: Kernel, problem: AttentionProblem) -> None:
         self.device = device
         self.costs = Costs(device, clock_mhz)
-        self.miss = PrivateMemory(Simulation(), self.costs, kernel.copy == "tma").miss
+        self.miss = PrivateMemory(Simulation(), self.costs, kernel.copy == "tma", kernel.is_common).miss
         self.kernel = kernel
         self.problem = problem
         self.events = 0
         # A work tile of a probe says itself what it visits, and what of that needs masking.
-        self._long = replace(problem, seqlen_k=problem.seqlen_k + ROOM * kernel.BLOCK_N, mask="full")
-        self._blocks = num_q_tiles(problem, kernel.BLOCK_M)
+        seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
+        if kernel.grid.over == "queries":
+            seqlen_k += ROOM * kernel.BLOCK_N
+        else:
+            seqlen_q += ROOM * kernel.BLOCK_M
+        self._long = replace(problem, seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask="full")
+        self._blocks = outer_blocks(kernel, problem)
         self._traces: dict[Any, Trace] = {}
-        self._walks: dict[tuple[int, int], KVWalk] = {}
-        self._classes: dict[tuple[int, int], TileClass] = {}
+        self._walks: dict[Coordinates, KVWalk] = {}
+        self._classes: dict[Coordinates, TileClass] = {}
 
-    def walk_at(self, m_block: int, batch: int) -> KVWalk:
-        """The KV tiles of query block `m_block` of every head of a batch entry."""
-        key = (m_block, batch if self.problem.mask_rule.by_batch else 0)
+    def _alike(self, where: Coordinates) -> Coordinates:
+        """The first of the work tiles that visit the same tiles as the one at `where`."""
+        return where._replace(head=0, batch=where.batch if self.problem.mask_rule.by_batch else 0)
+
+    def walk_at(self, where: Coordinates) -> KVWalk:
+        """The tiles that the work tile there visits."""
+        key = self._alike(where)
         if key not in self._walks:
-            self._walks[key] = walk_of(self.kernel, self.problem, m_block, batch)
+            self._walks[key] = walk_of(self.kernel, self.problem, key)
         return self._walks[key]
 
-    def class_of(self, m_block: int, batch: int) -> TileClass:
-        """The class of query block `m_block` of every head of a batch entry."""
-        key = (m_block, batch if self.problem.mask_rule.by_batch else 0)
+    def class_of(self, where: Coordinates) -> TileClass:
+        """The class of the work tile there."""
+        key = self._alike(where)
         if key not in self._classes:
             p, k = self.problem, self.kernel
-            walk = self.walk_at(m_block, batch)
-            short_q = (m_block + 1) * k.BLOCK_M > p.seqlen_q
-            short_k = (walk.first + 1) * k.BLOCK_N > p.seqlen_k
-            self._classes[key] = TileClass(walk.count, walk.partial, short_q, short_k, walk.partial_end)
+            walk = self.walk_at(key)
+            of_queries, of_keys = (p.seqlen_q, k.BLOCK_M), (p.seqlen_k, k.BLOCK_N)
+            outer, inner = (of_queries, of_keys) if k.grid.over == "queries" else (of_keys, of_queries)
+            short, short_first = (
+                (block + 1) * width > length for block, (length, width) in ((where.block, outer), (walk.first, inner))
+            )
+            self._classes[key] = TileClass(walk.count, walk.partial, short, short_first, walk.partial_end)
         return self._classes[key]
 
     def all_classes(self) -> Iterator[TileClass]:
-        """Of each query block of one head of each batch entry."""
-        entries = self.problem.batch if self.problem.mask_rule.by_batch else 1
-        for batch in range(entries):
-            for m_block in range(self._blocks):
-                yield self.class_of(m_block, batch)
+        """Of each work tile of one head of each batch entry."""
+        for batch in range(self.problem.batch if self.problem.mask_rule.by_batch else 1):
+            for block in range(self._blocks):
+                for split in range(self.kernel.grid.splits or 1):
+                    yield self.class_of(Coordinates(block, 0, batch, split))
 
     @property
     def kv_tiles(self) -> int:
-        """KV tiles of the whole grid."""
+        """Tiles that the work tiles of the whole grid visit."""
         entries = 1 if self.problem.mask_rule.by_batch else self.problem.batch
-        return sum(tile.count for tile in self.all_classes()) * self.problem.heads_q * entries
+        return sum(tile.count for tile in self.all_classes()) * grid_heads(self.kernel, self.problem) * entries
 
     @property
     def typical(self) -> TileClass:
@@ -133,16 +155,22 @@ class Probe:
 
     @property
     def tensors(self) -> set[str]:
-        """What a work tile loads or stores."""
+        """What a work tile loads, stores or adds to."""
         tile = self.typical
         trace = self.run([tile._replace(count=min(tile.count, 2), partial=min(tile.partial, 2), partial_end=0)])
         return {what.tensor for what in trace.moves[0]}
 
     def work_tile(self, tile: TileClass) -> WorkTile:
         """A work tile of this class."""
-        m_block = self._blocks - 1 if tile.short_q else 0
-        first = -(-self.problem.seqlen_k // self.kernel.BLOCK_N) - 1 if tile.short_k else tile.count - 1
-        return WorkTile(self.problem, self.kernel, Shortened((m_block, 0, 0), _walk(tile, first)), 0, 0)
+        where = Coordinates(self._blocks - 1 if tile.short else 0, 0, 0)
+        first = self._inner_blocks(self.problem) - 1 if tile.short_first else tile.count - 1
+        return WorkTile(self.problem, self.kernel, Shortened(where, _walk(tile, first)), 0, 0)
+
+    def _inner_blocks(self, problem: AttentionProblem) -> int:
+        """Blocks of one head that the inner loop is over."""
+        if self.kernel.grid.over == "queries":
+            return num_k_tiles(problem, self.kernel.BLOCK_N)
+        return num_q_tiles(problem, self.kernel.BLOCK_M)
 
     def run(
         self,
@@ -194,15 +222,14 @@ class Probe:
             sim.call(slot * offset, start_one)
         run_to_end(sim, running, EVENTS_PER_KV_TILE * sum(1 + tile.count for tile in tiles), watched=False)
         self.events += sim.events
-        busy = {name: sm.units[name].busy for name in UNITS}
-        return Trace(tuple(asks), end, busy, memory.moves, sm.walks)
+        busy = {name: sm.units[name].busy for name in UNITS} | {"flop": sm.flop}
+        return Trace(tuple(asks), end, busy, memory.moves, memory.once_byte, sm.walks)
 
     def _shortened(self, tile: TileClass, number: int) -> Shortened:
         """Work tile `number` of a probe, which lies in a batch entry of its own."""
-        m_block = self._blocks - 1 if tile.short_q else 0
-        last = -(-self._long.seqlen_k // self.kernel.BLOCK_N) - 1
-        first = last if tile.short_k else tile.count - 1
-        return Shortened((m_block, 0, number), _walk(tile, first))
+        where = Coordinates(self._blocks - 1 if tile.short else 0, 0, number)
+        first = self._inner_blocks(self._long) - 1 if tile.short_first else tile.count - 1
+        return Shortened(where, _walk(tile, first))
 
 
 def _walk(tile: TileClass, first: int) -> KVWalk:
@@ -217,26 +244,37 @@ class _WatchedMemory(PrivateMemory):
         self, sim: Simulation, costs: Costs, kernel: Kernel, first: list[int], late: Late | None, seed: int | None
     ) -> None:
         """`first` has each work tile's first block of keys."""
-        super().__init__(sim, costs, kernel.copy == "tma")
-        self._width = kernel.BLOCK_N
+        super().__init__(sim, costs, kernel.copy == "tma", kernel.is_common)
+        self._kernel = kernel
         self._first = first
         self._late = late
         self._random = None if seed is None else Random(seed)
         self._spread = costs.ns(costs.device.memory.jitter_ns)
         self.moves: list[dict[What, dict[int, int]]] = [{} for _ in first]
+        self.once_byte = [Counter[What]() for _ in first]
 
     def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
         spread = self._random.randrange(self._spread + 1) if self._random else 0
-        return super().fetch(key, size_byte, sharers) + self._note(key, stored=False) + spread
+        return super().fetch(key, size_byte, sharers) + self._note(key, "fetch", size_byte) + spread
 
     def write(self, key: Key, size_byte: int) -> int:
-        return super().write(key, size_byte) + self._note(key, stored=True)
+        return super().write(key, size_byte) + self._note(key, "write", size_byte)
 
-    def _note(self, key: Key, stored: bool) -> int:
+    def add(self, key: Key, size_byte: int) -> int:
+        return super().add(key, size_byte) + self._note(key, "add", size_byte)
+
+    def _note(self, key: Key, how: str, size_byte: int) -> int:
         """By how many ticks this is to be late."""
-        what, tile = What(key[0], stored), key[1]
-        axis = STREAMED.get(what.tensor)
-        item = 0 if axis is None else self._first[tile] - int(key[axis]) // self._width
+        what, tile, item = What(key[0], how), key[1], 0
+        k = self._kernel
+        if k.streams(what.tensor):
+            rows = k.tensor(what.tensor).rows
+            width = k.BLOCK_M if rows == "queries" else k.BLOCK_N
+            # Of scores in a block of queries, what streams is the other axis.
+            block = key[COLUMN] // k.BLOCK_N if rows == k.grid.over else key[ROW] // width
+            item = self._first[tile] - block
+        else:
+            self.once_byte[tile][what] += size_byte
         self.moves[tile].setdefault(what, {}).setdefault(item, self.sim.now)
         late = self._late
         return late.by if late and (late.what, late.tile, late.item) == (what, tile, item) else 0

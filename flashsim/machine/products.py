@@ -10,18 +10,23 @@ from flashsim.machine.operations import Effect
 
 if TYPE_CHECKING:
     from flashsim.machine.agent import Agent
+    from flashsim.machine.sm import SM
 
 
 class Product:
     """A product of two tiles."""
 
-    __slots__ = ("a", "b", "completion", "effect")
+    __slots__ = ("a", "b", "completion", "effect", "into")
 
-    def __init__(self, a: View, b: View, completion: Completion, effect: Effect) -> None:
+    def __init__(self, a: View, b: View, into: View, completion: Completion, effect: Effect) -> None:
         self.a = a
         self.b = b
+        self.into = into
         self.completion = completion
         self.effect = effect
+
+    def _count(self, sm: SM) -> None:
+        sm.flop += 2 * self.a.shape[0] * self.a.shape[1] * self.b.shape[1]
 
     def _end(self) -> None:
         if self.effect:
@@ -40,6 +45,7 @@ class AsyncProduct(Product):
 
     def perform(self, agent: Agent) -> Steps:
         sm, sim = agent.sm, agent.sim
+        self._count(sm)
         duration, read = sm.costs.wgmma(self.a.shape[0], self.b.shape[1], self.a.shape[1], self.a.place == "shared")
         if sim.now >= agent.products_end:
             yield sim.at(sim.now + sm.vary("fill", sm.costs.wgmma_fill))
@@ -63,8 +69,9 @@ class SyncProduct(Product):
 
     def perform(self, agent: Agent) -> Steps:
         sm, sim, costs = agent.sm, agent.sim, agent.sm.costs
+        self._count(sm)
         m, k, n = *self.a.shape, self.b.shape[1]
-        steps, mma, ldsms, ldsm = costs.mma_sync(m, n, k, self.a.place == "shared")
+        steps, mma, ldsms, ldsm = costs.mma_sync(m, n, k, self.a.place == "shared", self.into.buffer.warps)
         for step in range(steps + 1):
             fragments = sim.now  # of step - 1, whose LDSMs were the last to be served
             if step < steps:

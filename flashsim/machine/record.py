@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from flashsim.engine import Access, Clock, Completion, Timeline
-from flashsim.errors import FlashsimError, Hazard, SimulationError
+from flashsim.engine import Access, Clock, Completion, Part, Timeline
+from flashsim.errors import FlashsimError, SimulationError
 from flashsim.machine.buffers import Buffer, View
-from flashsim.machine.shared_hbm import INPUTS
 from flashsim.machine.tiles import HbmTile
 from flashsim.machine.trace import Touch
+from flashsim.schedules.tensors import INPUTS
 
 if TYPE_CHECKING:
     from flashsim.machine.agent import Agent
@@ -34,7 +34,7 @@ class Record:
         self.timeline = Timeline(agent.name)
         self._products = Timeline(f"a product of {agent.name}")
         self._stores = Timeline(f"a store of {agent.name}")
-        self._loads: dict[tuple[Buffer, tuple[int, int]], Timeline] = {}
+        self._loads: dict[tuple[Buffer, Part], Timeline] = {}
 
     def _asynchronous(self, on: Timeline, completion: Completion, in_order: bool) -> tuple[int, Clock]:
         """(number of the operation on its timeline, what it knows when it begins); sets what its end tells."""
@@ -46,21 +46,21 @@ class Record:
     def _read(self, view: View, on: Timeline, number: int, known: Clock, what: str) -> None:
         memory = view.buffer.memory
         assert memory is not None
-        memory.read(Access(on, number, view.span, what, self.agent.sim.now), known)
+        memory.read(Access(on, number, view.part, what, self.agent.sim.now), known)
 
     def _write(self, view: View, on: Timeline, number: int, known: Clock, what: str) -> None:
         memory = view.buffer.memory
         assert memory is not None
-        memory.write(Access(on, number, view.span, what, self.agent.sim.now), known)
+        memory.write(Access(on, number, view.part, what, self.agent.sim.now), known)
 
-    def _in_hbm(self, tile: HbmTile, on: Timeline, number: int, known: Clock, what: str, stored: bool = False) -> None:
-        if stored and tile.tensor in INPUTS:
+    def _in_hbm(self, tile: HbmTile, on: Timeline, number: int, known: Clock, what: str, how: str) -> None:
+        """`how`: read, write or add."""
+        if how != "read" and tile.tensor in INPUTS:
             raise SimulationError(f"{what} writes over an input")
-        access = Access(on, number, tile.row_span, what, self.agent.sim.now)
+        access = Access(on, number, tile.part, what, self.agent.sim.now)
         hbm = self.agent.cta.hbm
         assert hbm is not None
-        for memory in hbm.of(tile):
-            (memory.write if stored else memory.read)(access, known)
+        getattr(hbm.of(tile), how)(access, known)
 
     def _until_its_end(self, touch: Touch | None, effect: Effect) -> Effect:
         """`effect`, which is called when the operation ends; tells the trace, and where it was said if it fails."""
@@ -101,34 +101,36 @@ class Record:
         ]
 
     def load(self, source: HbmTile, into: View, completion: Completion) -> Effect:
-        on = self._loads.setdefault((into.buffer, into.span), Timeline(f"a load into {into}"))
+        on = self._loads.setdefault((into.buffer, into.part), Timeline(f"a load into {into}"))
         number, known = self._asynchronous(on, completion, in_order=False)
         touch = self._note(self.agent.name, completion.what, (), into)
         self._write(into, on, number, known, str(completion.what))
         if source.tensor not in INPUTS:
-            self._in_hbm(source, on, number, known, str(completion.what))
+            self._in_hbm(source, on, number, known, str(completion.what), "read")
         tensors = self.agent.cta.tensors
         assert tensors is not None
         return self._until_its_end(touch, lambda: into.assign(source.read(tensors)))
 
-    def store(self, source: View, into: HbmTile, completion: Completion) -> Effect:
+    def store(self, source: View, into: HbmTile, completion: Completion, add: bool = False) -> Effect:
         tensors = self.agent.cta.tensors
         assert tensors is not None
         what = str(completion.what)
         touch = self._note(self.agent.name, what, (source,), None)
+        how = "add" if add else "write"
+
+        def effect() -> None:
+            array = into.read(tensors) + source.numbers() if add else source.numbers()
+            into.write(tensors, self._round(array, into.dtype))
+
         if source.place == "registers":  # read when issued, as every st instruction does
             number, known = self.timeline.step(), self.timeline.clock
             self._read(source, self.timeline, number, known, what)
-            self._in_hbm(into, self.timeline, number, known, what, stored=True)
-
-            def effect() -> None:
-                into.write(tensors, self._round(source.numbers(), into.dtype))
-
+            self._in_hbm(into, self.timeline, number, known, what, how)
             return self._until_its_end(touch, effect)
         number, known = self._asynchronous(self._stores, completion, in_order=True)
         self._read(source, self._stores, number, known, what)
-        self._in_hbm(into, self._stores, number, known, what, stored=True)
-        return self._until_its_end(touch, lambda: into.write(tensors, source.numbers()))
+        self._in_hbm(into, self._stores, number, known, what, how)
+        return self._until_its_end(touch, effect)
 
     def gemm(
         self, a: View, b: View, into: View, accumulate: bool, completion: Completion, asynchronous: bool
@@ -142,8 +144,6 @@ class Record:
         what = str(completion.what)
         touch = self._note(self.agent.name, what, (a, b), into)
         for operand in (a, b, *((into,) if accumulate else ())):
-            if operand.buffer.ring and not operand.buffer.array[operand.start : operand.start + operand.count].size:
-                raise Hazard(f"{what}: {operand} is empty")
             self._read(operand, on, number, known, what)
         self._write(into, on, number, known, what)
 
@@ -174,6 +174,8 @@ class Record:
                 result = np.full(into.shape, operands[0])
             elif op == "mask":
                 result = np.where(self._allowed(views[0], *operands[1:]), arrays[0], -np.inf)
+            elif op == "dropout":
+                result = arrays[0] * self._kept(views[0], *operands[1:]) / (1 - self.agent.problem.dropout)
             elif op == "scale":
                 result = scale * arrays[0]
             elif verb == "map" and op != "copy":
@@ -186,13 +188,24 @@ class Record:
 
         return self._until_its_end(touch, effect)
 
-    def _allowed(self, scores: View, tile: Any, j: int, first_row: int | None = None) -> Any:
-        """Which scores the mask leaves; they are of the work tile's rows from `first_row` on."""
+    def _where(self, scores: View, tile: Any, j: int, row: int | None = None, column: int = 0) -> tuple[Any, Any]:
+        """The queries and the keys of scores which begin at this row and column of the work tile's tile j."""
         import numpy as np
 
+        rows, columns = scores.shape
+        first_row, first_column = tile.origin(j)
+        row = self.agent.index * rows if row is None else row
+        return first_row + row + np.arange(rows), first_column + column + np.arange(columns)
+
+    def _allowed(self, scores: View, tile: Any, *where: int) -> Any:
+        """Which scores the mask leaves."""
         from flashsim.problem import allowed
 
-        rows, columns = scores.shape
-        first_row = tile.row0 + (self.agent.index * rows if first_row is None else first_row)
-        first_column = tile.block(j) * columns
-        return allowed(self.agent.problem, first_row + np.arange(rows), first_column + np.arange(columns), tile.batch)
+        return allowed(self.agent.problem, *self._where(scores, tile, *where), tile.where.batch)
+
+    def _kept(self, scores: View, tile: Any, *where: int) -> Any:
+        """Which elements dropout leaves."""
+        from flashsim.numerics.philox import keep
+
+        queries, keys = self._where(scores, tile, *where)
+        return keep(queries, keys, tile.where.batch, tile.where.head, self.agent.problem.dropout)

@@ -5,25 +5,21 @@ from __future__ import annotations
 from flashsim.engine import Memory
 from flashsim.machine.tiles import HbmTile
 
-INPUTS = ("Q", "K", "V")
-"""No kernel writes them, so that reading them is no race."""
-
 
 class SharedHbm:
-    """The accesses to the outputs of a kernel, by tensor, head and columns. Two kernels never overlap."""
+    """The accesses to what a kernel writes, by tensor and head. Two kernels never overlap."""
 
     def __init__(self) -> None:
-        self._heads: dict[tuple[str, int, int], dict[tuple[int, int], Memory]] = {}
+        self._heads: dict[tuple[str, int, int, int], Memory] = {}
 
-    def of(self, tile: HbmTile) -> list[Memory]:
-        """The records of all columns that `tile` shares with others; rows are for the accesses to tell apart."""
-        columns = self._heads.setdefault((tile.tensor, tile.batch, tile.head), {})
-        mine = tile.column_span
-        beside = [memory for span, memory in columns.items() if span[0] < mine[1] and mine[0] < span[1]]
-        if mine not in columns:
-            columns[mine] = Memory(f"{tile.tensor} of batch {tile.batch}, head {tile.head}")
-            for memory in beside:  # what was done to a part of these columns was done to them
-                columns[mine].writes += memory.writes
-                columns[mine].reads += memory.reads
-            beside.append(columns[mine])
-        return beside
+    def of(self, tile: HbmTile) -> Memory:
+        """The record of the tensor and head that `tile` is a part of."""
+        key = (tile.tensor, tile.batch, tile.head, tile.split)
+        if key not in self._heads:
+            self._heads[key] = Memory(f"{tile.tensor} of batch {tile.batch}, head {tile.head}")
+        return self._heads[key]
+
+    @property
+    def order_matters(self) -> set[str]:
+        """Tensors to which CTAs have added in an order that depends on time."""
+        return {tensor for (tensor, *_), memory in self._heads.items() if memory.order_matters}

@@ -33,6 +33,8 @@ class SM:
         """Costs of the batches of register operations seen so far."""
         self.checked: set[object] = set()
         """Kinds of statements that have been found to fit their operands."""
+        self.flop = 0
+        """Of all products, each counted whole."""
         self.walks: list[list[int]] | None = None
         """If not None: for each warpgroup that has been here, when it started each KV tile."""
 

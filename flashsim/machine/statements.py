@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from flashsim.errors import SimulationError, unknown
-from flashsim.machine.buffers import ELEMENT_BYTES, View
+from flashsim.machine.buffers import View
 from flashsim.machine.costs import MAP_COUNT, REDUCE_COUNT
 from flashsim.machine.tiles import HbmTile, WorkTile
+from flashsim.schedules.tensors import WIDTHS
 
-OPERANDS = {"fill": 0, "mask": 1, "scale": 1, "copy": 1}
+OPERANDS = {"fill": 0, "mask": 1, "dropout": 1, "scale": 1, "copy": 1}
 """Tiles that a map takes; two if it is not named here."""
 
 
@@ -35,8 +36,8 @@ def check_gemm(a: Any, b: Any, into: Any) -> None:
             f"gemm reads its second operand from shared memory and accumulates in registers, got {b} ({b.place}) and "
             f"{into} ({into.place})"
         )
-    if a.dtype != b.dtype or ELEMENT_BYTES[a.dtype] > 2:
-        raise SimulationError(f"gemm of {a.dtype} and {b.dtype}: both must be of one 16-bit dtype")
+    if a.dtype != b.dtype or WIDTHS[a.dtype] > 2:
+        raise SimulationError(f"gemm of {a.dtype} and {b.dtype}: both must be of one dtype, of 16 bits or less")
 
 
 def check_compute(verb: str, op: str, views: tuple[Any, ...], into: Any, operands: tuple[Any, ...]) -> None:
@@ -59,12 +60,12 @@ def check_compute(verb: str, op: str, views: tuple[Any, ...], into: Any, operand
         raise SimulationError(f"{what} of {shapes} into {into.shape}: shapes do not fit")
     if op == "fill" and not (len(operands) == 1 and isinstance(operands[0], int | float)):
         raise SimulationError(f"map(fill) takes one number, got {operands}")
-    if op == "mask":
-        _check_mask(operands[1:])
+    if op in ("mask", "dropout"):
+        _check_place(op, operands[1:])
 
 
-def _check_mask(operands: tuple[Any, ...]) -> None:
-    """`tile, j` and perhaps the first of the work tile's rows that the scores are of."""
-    if len(operands) not in (2, 3) or not isinstance(operands[0], WorkTile):
-        raise SimulationError(f"map(mask) takes scores, a work tile and the number of a KV tile, got {operands}")
+def _check_place(op: str, operands: tuple[Any, ...]) -> None:
+    """`tile, j` and perhaps the first of the tile's rows, and the first of its columns, that the scores are of."""
+    if len(operands) not in (2, 3, 4) or not isinstance(operands[0], WorkTile):
+        raise SimulationError(f"map({op}) takes scores, a work tile and the number of a KV tile, got {operands}")
     operands[0].block(operands[1])

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
-from flashsim.machine.buffers import ELEMENT_BYTES, check_rows
+from flashsim.machine.buffers import check_range
 from flashsim.masks import KVWalk
-from flashsim.problem import AttentionProblem, kv_tiles
+from flashsim.problem import AttentionProblem, kv_tiles, num_k_tiles, num_q_tiles, q_tiles
 from flashsim.schedules.base import Kernel
+from flashsim.schedules.tensors import WIDTHS
 
-Coordinates = tuple[int, int, int]
-"""(m_block, head, batch) of a work tile."""
+
+class Coordinates(NamedTuple):
+    """Where a work tile lies."""
+
+    block: int
+    """Of queries or of keys: what the kernel's grid is over."""
+    head: int
+    """A query head or a KV head, likewise."""
+    batch: int
+    split: int = 0
 
 
 class Shortened(NamedTuple):
-    """A work tile at `where` that visits the KV tiles of `walk` instead of its own."""
+    """A work tile at `where` that visits the tiles of `walk` instead of its own."""
 
     where: Coordinates
     walk: KVWalk
@@ -26,7 +36,7 @@ class HbmTile:
     `key` names the block that it is, or is a part of, for the L2 cache.
     """
 
-    __slots__ = ("batch", "dtype", "end", "head", "key", "origin", "place", "shape", "tensor")
+    __slots__ = ("batch", "dtype", "end", "head", "key", "origin", "place", "shape", "split", "tensor")
 
     def __init__(
         self,
@@ -37,6 +47,7 @@ class HbmTile:
         shape: tuple[int, int],
         end: tuple[int, int],
         dtype: str,
+        split: int = 0,
     ) -> None:
         """`origin` is the first row and column, `end` the rows and columns that the tensor has."""
         self.tensor = tensor
@@ -46,15 +57,26 @@ class HbmTile:
         self.shape = shape
         self.end = end
         self.dtype = dtype
+        self.split = split
         self.place = "hbm"
-        self.key = (tensor, batch, head, *origin)
+        self.key = (tensor, batch, head, *origin, split)
 
     def rows(self, start: int, count: int) -> HbmTile:
-        check_rows(start, count, self.shape[0])
-        if start == 0 and count == self.shape[0]:
+        check_range("rows", start, count, self.shape[0])
+        return self._narrowed(0, start, count)
+
+    def columns(self, start: int, count: int) -> HbmTile:
+        check_range("columns", start, count, self.shape[1])
+        return self._narrowed(1, start, count)
+
+    def _narrowed(self, axis: int, start: int, count: int) -> HbmTile:
+        if count == self.shape[axis]:
             return self
-        origin = (self.origin[0] + start, self.origin[1])
-        return HbmTile(self.tensor, self.batch, self.head, origin, (count, self.shape[1]), self.end, self.dtype)
+        (row, column), (rows, columns) = self.origin, self.shape
+        origin, shape = (
+            ((row + start, column), (count, columns)) if axis == 0 else ((row, column + start), (rows, count))
+        )
+        return HbmTile(self.tensor, self.batch, self.head, origin, shape, self.end, self.dtype, self.split)
 
     @property
     def _exist(self) -> tuple[int, int]:
@@ -65,31 +87,29 @@ class HbmTile:
         return rows, columns
 
     @property
-    def row_span(self) -> tuple[int, int]:
-        """The tensor's rows that this tile covers."""
-        return self.origin[0], self.origin[0] + self._exist[0]
-
-    @property
-    def column_span(self) -> tuple[int, int]:
-        """The tensor's columns that this tile covers."""
-        return self.origin[1], self.origin[1] + self._exist[1]
+    def part(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The tensor's rows, and columns, that this tile covers."""
+        (row, column), (rows, columns) = self.origin, self._exist
+        return (row, row + rows), (column, column + columns)
 
     @property
     def size_byte(self) -> int:
         """Bytes that exist and have to be moved."""
         rows, columns = self._exist
-        return rows * columns * ELEMENT_BYTES[self.dtype]
+        return rows * columns * WIDTHS[self.dtype]
 
     @property
     def full_byte(self) -> int:
-        """Bytes of a tile of this shape that lies within its tensor."""
-        return self.shape[0] * self.shape[1] * ELEMENT_BYTES[self.dtype]
+        """Bytes of a tile with as many rows and columns that lies within its tensor."""
+        rows, columns = (min(n, e) for n, e in zip(self.shape, self.end, strict=True))
+        return rows * columns * WIDTHS[self.dtype]
 
     def _part(self, tensors: dict[str, Any]) -> Any:
         """The view of the tensor that this tile covers, (rows, columns)."""
-        (rows, columns), (row, column) = self._exist, self.origin
-        head = tensors[self.tensor][self.batch, row : row + rows, self.head]
-        return (head[:, None] if head.ndim == 1 else head)[:, column : column + columns]
+        rows, columns = self.part
+        tensor = tensors[self.tensor]
+        head = (tensor[self.split] if tensor.ndim == 5 else tensor)[self.batch, slice(*rows), self.head]
+        return (head[:, None] if head.ndim == 1 else head)[:, slice(*columns)]
 
     def read(self, tensors: dict[str, Any]) -> Any:
         """The numbers, float64 `shape`; what does not exist is zero, as TMA fills it."""
@@ -111,24 +131,43 @@ class HbmTile:
         return f"{self.tensor}(batch {self.batch}, head {self.head}, rows {row} to {row + rows - 1}{which})"
 
 
-def walk_of(kernel: Kernel, problem: AttentionProblem, m_block: int, batch: int = 0) -> KVWalk:
-    """The KV tiles that `kernel` visits for query block `m_block` of a head of this batch entry."""
-    every = range(-(-problem.seqlen_k // kernel.BLOCK_N))
-    if kernel.dense and not kernel.masks:
-        return KVWalk(every[::-1], 0)
-    walk = kv_tiles(problem, m_block, kernel.BLOCK_M, kernel.BLOCK_N, batch)
-    if not kernel.dense:
-        return walk
-    return KVWalk.of(dict.fromkeys(every, True) | dict(walk))
+def walk_of(kernel: Kernel, problem: AttentionProblem, where: Coordinates) -> KVWalk:
+    """The tiles of the inner loop that `kernel` visits for the work tile at `where`."""
+    M, N, over_queries = kernel.BLOCK_M, kernel.BLOCK_N, kernel.grid.over == "queries"
+    if kernel.walk == "none":
+        return KVWalk((), 0)
+    every = range(num_k_tiles(problem, N) if over_queries else num_q_tiles(problem, M))
+    if kernel.walk == "all" and not kernel.masks:
+        walk = KVWalk(every[::-1], 0)
+    else:
+        walk = (kv_tiles if over_queries else q_tiles)(problem, where.block, M, N, where.batch)
+        if kernel.walk == "all":
+            walk = KVWalk.of(dict.fromkeys(every, True) | dict(walk))
+    return walk if kernel.grid.splits is None else _split(walk, where.split, kernel.grid.splits)
+
+
+def _split(walk: KVWalk, split: int, splits: int) -> KVWalk:
+    """Part number `split` of `splits` of a walk; the last ones may be shorter, or empty."""
+    each = -(-walk.count // splits)
+    begin, end = min(split * each, walk.count), min((split + 1) * each, walk.count)
+    partial_from = walk.count - walk.partial_end
+    partial, partial_end = (max(0, min(n, end - begin)) for n in (walk.partial - begin, end - partial_from))
+    return KVWalk(walk.blocks[begin:end], partial, partial_end)
+
+
+def outer_blocks(kernel: Kernel, problem: AttentionProblem) -> int:
+    """Blocks of one head that the grid is over."""
+    if kernel.grid.over == "queries":
+        return num_q_tiles(problem, kernel.BLOCK_M)
+    return num_k_tiles(problem, kernel.BLOCK_N)
 
 
 class WorkTile:
-    """One block of queries of one head, and the KV tiles that it visits."""
+    """A block of queries, or of keys, of one head, and the tiles that it visits.
 
-    __slots__ = (
-        "LSE", "O", "Q", "_walk", "batch", "block_n", "count", "first", "head", "index", "last", "m_block", "problem",
-        "row0",
-    )  # fmt: skip
+    A tensor is an attribute: the part of it that belongs to the work tile, or a function of what the work tile does not
+    fix (schedules.tensors).
+    """
 
     def __init__(
         self,
@@ -138,57 +177,64 @@ class WorkTile:
         index: int,
         first: int,
     ) -> None:
-        """`index` non-empty work tiles and `first` KV tiles came before this one in its CTA."""
-        p = self.problem = problem
-        if isinstance(where, Shortened):
-            (self.m_block, self.head, self.batch), self._walk = where
-        else:
-            self.m_block, self.head, self.batch = where
-            self._walk = walk_of(kernel, p, self.m_block, self.batch)
-        self.block_n = kernel.BLOCK_N
-        self.row0 = self.m_block * kernel.BLOCK_M
+        """`index` non-empty work tiles and `first` tiles of the inner loop came before this one in its CTA."""
+        self.problem = problem
+        self.kernel = kernel
+        self.where, self._walk = (
+            where if isinstance(where, Shortened) else (where, walk_of(kernel, problem, where))
+        )  # fmt: skip
         self.index = index
         self.first = first
         self.count = self._walk.count
         self.last = first + self.count - 1
-        self.Q = self._queries("Q", kernel.BLOCK_M, p.head_dim, p.dtype)
-        self.O = self._queries("O", kernel.BLOCK_M, p.head_dim_v, p.dtype)
-        self.LSE = self._queries("LSE", kernel.BLOCK_M, 1, "fp32")
-
-    def _queries(self, tensor: str, rows: int, width: int, dtype: str) -> HbmTile:
-        end = (self.problem.seqlen_q, width)
-        return HbmTile(tensor, self.batch, self.head, (self.row0, 0), (rows, width), end, dtype)
-
-    def _keys(self, tensor: str, j: int, width: int) -> HbmTile:
-        p = self.problem
-        origin, shape, end = (self.block(j) * self.block_n, 0), (self.block_n, width), (p.seqlen_k, width)
-        return HbmTile(tensor, self.batch, self.head // p.heads_per_kv, origin, shape, end, p.dtype)
-
-    def _scores(self, tensor: str, j: int) -> HbmTile:
-        p = self.problem
-        origin, shape = (self.row0, self.block(j) * self.block_n), (self.Q.shape[0], self.block_n)
-        return HbmTile(tensor, self.batch, self.head, origin, shape, (p.seqlen_q, p.seqlen_k), p.dtype)
 
     def block(self, j: int) -> int:
-        """Which block of keys KV tile j is. Raises IndexError if it is none of this work tile's."""
+        """Which block tile j of the inner loop is. Raises IndexError if it is none of this work tile's."""
         if not self.first <= j <= self.last:
-            raise IndexError(f"KV tile {j} is none of this work tile's, which are {self.first} to {self.last}")
+            kind = "KV" if self.kernel.grid.over == "queries" else "Q"
+            raise IndexError(f"{kind} tile {j} is none of this work tile's, which are {self.first} to {self.last}")
         return self._walk.block(j - self.first)
 
-    def K(self, j: int) -> HbmTile:  # noqa: N802 - the paper's name
-        return self._keys("K", j, self.problem.head_dim)
-
-    def V(self, j: int) -> HbmTile:  # noqa: N802
-        return self._keys("V", j, self.problem.head_dim_v)
-
-    def S(self, j: int) -> HbmTile:  # noqa: N802
-        return self._scores("S", j)
-
-    def P(self, j: int) -> HbmTile:  # noqa: N802
-        return self._scores("P", j)
+    def origin(self, j: int) -> tuple[int, int]:
+        """The first query and the first key of the scores of tile j."""
+        inner, outer = self.block(j), self.where.block
+        m, n = (outer, inner) if self.kernel.grid.over == "queries" else (inner, outer)
+        return m * self.kernel.BLOCK_M, n * self.kernel.BLOCK_N
 
     def partial(self, j: int) -> bool:
         return self._walk.is_partial(j - self.first)
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # as when it is copied
+            raise AttributeError(name)
+        free = self.kernel.arguments(name)
+        found: Any = partial(self._part, name, free) if free else self._part(name, free)
+        self.__dict__[name] = found
+        return found
+
+    def _part(self, name: str, free: tuple[str, ...], *given: int) -> HbmTile:
+        """The part of a tensor that belongs to this work tile, and to what is `given` of the `free` axes."""
+        if len(given) != len(free):
+            raise TypeError(f"{name} of a work tile takes {len(free)} numbers ({', '.join(free)}), got {len(given)}")
+        chosen = dict(zip(free, given, strict=True))
+        p, k, where = self.problem, self.kernel, self.where
+        tensor = k.tensor(name)
+        if tensor.heads == "kv":
+            head = where.head // p.heads_per_kv if k.grid.heads == "q" else where.head
+        else:
+            head = where.head * p.heads_per_kv + chosen["head"] if "head" in chosen else where.head
+        inner = self.block(chosen["block"]) if "block" in chosen else 0
+        m, n = (where.block, inner) if k.grid.over == "queries" else (inner, where.block)
+        widths = {**dict(zip(("head_dim", "head_dim_v"), k.widths(p), strict=True)), "one": 1}
+        rows = k.BLOCK_M if tensor.rows == "queries" else k.BLOCK_N
+        columns = k.BLOCK_N if tensor.columns == "keys" else widths[tensor.columns]
+        origin = ((m if tensor.rows == "queries" else n) * rows, n * columns if tensor.columns == "keys" else 0)
+        _, length, _, width = tensor.shape(p)
+        split = chosen.get("split", where.split) if tensor.splits else 0
+        return HbmTile(
+            name, where.batch, head, origin, (rows, columns), (length, width), tensor.dtype_of(p), split
+        )  # fmt: skip
+
     def __str__(self) -> str:
-        return f"query block {self.m_block} of head {self.head}, batch {self.batch}"
+        what = "query" if self.kernel.grid.over == "queries" else "key"
+        return f"{what} block {self.where.block} of head {self.where.head}, batch {self.where.batch}"

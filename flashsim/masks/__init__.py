@@ -8,7 +8,9 @@ from collections.abc import Callable
 from flashsim.errors import InputError, unknown
 from flashsim.masks.base import Mask
 from flashsim.masks.blocks import Butterfly, read_block_list
-from flashsim.masks.intervals import Causal, Chunked, Documents, Full, Padding, Prefix, Window
+from flashsim.masks.intervals import Causal, Chunked, Documents, Full, Prefix, Window
+from flashsim.masks.lengths import Padding, Varlen, VarlenCausal
+from flashsim.masks.packed import Packed
 from flashsim.masks.union import GlobalWindow
 from flashsim.masks.walk import KVWalk
 
@@ -24,8 +26,12 @@ SPELLING = {
     "blocks": "blocks:FILE",
     "butterfly": "butterfly[:KEYS]",
     "padding": "padding[:LEN,...]",
+    "varlen": "varlen:LEN,...",
+    "varlen-causal": "varlen-causal:LEN,...",
 }
 """How each kind of mask is written."""
+PACKED = "packed:GROUP:MASK"
+"""How the mask of a packed problem is written (`flashsim.packing`); nobody has to write it."""
 
 __all__ = ["SPELLING", "KVWalk", "Mask", "parse_mask"]
 
@@ -35,12 +41,12 @@ def parse_mask(text: object) -> Mask:
     if not isinstance(text, str):
         raise InputError(f"mask: must be text, got {type(text).__name__} (allowed: {', '.join(SPELLING.values())})")
     kind, colon, rest = text.partition(":")
-    if kind not in SPELLING:
+    if kind not in _READ:
         raise InputError(f"mask: {unknown('mask', kind, SPELLING)}")
     try:
         return _READ[kind](rest if colon else None)
     except ValueError as error:
-        raise InputError(f"mask: {text!r}: {error}; it is written {SPELLING[kind]}") from None
+        raise InputError(f"mask: {text!r}: {error}; it is written {SPELLING.get(kind, PACKED)}") from None
 
 
 def _numbers(text: str | None, separator: str, least: int, counts: range) -> list[int]:
@@ -80,6 +86,16 @@ def _blocks(rest: str | None) -> Mask:
     return read_block_list(rest)
 
 
+def _packed(rest: str | None) -> Mask:
+    group, _, text = (rest or "").partition(":")
+    (rows,) = _numbers(group or None, ",", 1, range(1, 2))
+    if not text:
+        raise ValueError("the mask is missing")
+    if text.partition(":")[0] == "packed":
+        raise ValueError("a packed mask cannot be packed")
+    return Packed(rows, parse_mask(text))
+
+
 MANY = range(1, 1_000_000)
 _READ: dict[str, Callable[[str | None], Mask]] = {
     "full": _plain(Full()),
@@ -92,4 +108,7 @@ _READ: dict[str, Callable[[str | None], Mask]] = {
     "blocks": _blocks,
     "butterfly": _butterfly,
     "padding": lambda rest: Padding(tuple(_numbers(rest, ",", 0, range(1_000_000)))),
+    "varlen": lambda rest: Varlen(tuple(_numbers(rest, ",", 0, MANY))),
+    "varlen-causal": lambda rest: VarlenCausal(tuple(_numbers(rest, ",", 0, MANY))),
+    "packed": _packed,
 }

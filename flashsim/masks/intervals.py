@@ -7,7 +7,6 @@ from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from random import Random
 from typing import TYPE_CHECKING, ClassVar
 
 from flashsim.masks.base import Mask
@@ -163,44 +162,3 @@ class Documents(IntervalMask):
     def interval(self, row: int, seqlen_q: int, seqlen_k: int, batch: int = 0) -> tuple[int, int]:
         number = bisect_right(self._ends, row)
         return self._ends[number] - self.lengths[number], self._ends[number]
-
-
-PADDING_SEED = 2205_14135
-MOST_PADDING = 20
-"""FlashAttention's benchmark of 2022 draws key lengths from [seqlen - 20, seqlen)."""
-
-
-@dataclass(frozen=True)
-class Padding(IntervalMask):
-    """Each batch entry has its own number of keys; without numbers, drawn from [seqlen_k - 20, seqlen_k)."""
-
-    kind: ClassVar[str] = "padding"
-    by_batch: ClassVar[bool] = True
-    lengths: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        return "padding" + (":" + ",".join(map(str, self.lengths)) if self.lengths else "")
-
-    @property
-    def assumed(self) -> str | None:
-        return (
-            None if self.lengths else f"key lengths drawn from [seqlen_k - {MOST_PADDING}, seqlen_k), always the same"
-        )
-
-    def complaints(self, batch: int, seqlen_q: int, seqlen_k: int) -> list[str]:
-        lines = []
-        if self.lengths and len(self.lengths) != batch:
-            lines.append(f"padding has {len(self.lengths)} lengths, the batch has {batch} entries")
-        longest = max(self.lengths, default=0)
-        if longest > seqlen_k:
-            lines.append(f"padding has a length of {longest}, there are {seqlen_k} keys")
-        return lines
-
-    def length(self, seqlen_k: int, batch: int) -> int:
-        """Keys of this batch entry."""
-        if self.lengths:
-            return self.lengths[batch]
-        return Random(PADDING_SEED * 1009 + batch).randrange(max(0, seqlen_k - MOST_PADDING), seqlen_k)
-
-    def interval(self, row: int, seqlen_q: int, seqlen_k: int, batch: int = 0) -> tuple[int, int]:
-        return 0, self.length(seqlen_k, batch)

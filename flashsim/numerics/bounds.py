@@ -23,6 +23,10 @@ sigma / sqrt(N) with probability 2 exp(-18). So
 
 whose mean bounds the mean error, and whose root mean square that of the error. The LSE inherits `logits` and `total`,
 and 4 units of log2.
+
+With dropout, v_c is w_c v_c in all of these, w = keep / (1 - dropout); the LSE is not concerned. Rows of which no key,
+or a light one, is kept have next to no error, and the mean is over the others: N is multiplied by the share of rows
+that with equal errors make as steady a sum, (sum sigma)^2 / (rows sum sigma^2), for squares with sigma^2 in both.
 """
 
 from __future__ import annotations
@@ -33,8 +37,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flashsim.errors import InputError, unknown
-from flashsim.numerics.error_terms import DIVIDE, FP32_UNIT, LAMBDA, LOG, Terms, error_terms, fingerprints, tiny
+from flashsim.numerics.error_terms import (
+    DIVIDE,
+    FP32_UNIT,
+    LAMBDA,
+    LOG,
+    Terms,
+    error_terms,
+    fingerprints,
+    share_of_rows,
+    tiny,
+)
 from flashsim.numerics.layout import Float, Piece, check_inputs, pieces
+from flashsim.numerics.philox import SEED
 from flashsim.numerics.rounding import FORMATS, Format
 
 
@@ -60,17 +75,18 @@ class ErrorsOfO(NamedTuple):
 
 def errors_of_o(piece: Piece, terms: Terms, form: Format) -> ErrorsOfO:
     """The derivation above for the rows of `piece`, whose O is stored in `form`; zero in rows that see no key."""
-    size, p = np.abs(piece.v), terms.p
+    size, p = np.abs(piece.v), piece.drop(terms.p)
+    random, lost = piece.drop(terms.random), piece.drop(terms.lost)
     with np.errstate(invalid="ignore", over="ignore"):
         divided = terms.total + DIVIDE * FP32_UNIT
         f = np.exp(2 * terms.logits + terms.product + divided)
         o = np.abs(p @ piece.v)
-        fp32 = np.expm1(2 * terms.logits) * (p * (1 - p) @ size)
+        fp32 = np.expm1(2 * terms.logits) * (p * (1 - terms.p) @ size)
         fp32 = f * (fp32 + np.expm1(terms.product) * (p @ size) + np.expm1(divided) * o)
-        worst = f * ((terms.random + terms.lost) @ size)
-        sigma = f * np.sqrt(terms.alike * (terms.random**2 @ piece.v**2) / 3)
+        worst = f * ((random + lost) @ size)
+        sigma = f * np.sqrt(terms.alike * (random**2 @ piece.v**2) / 3)
         stored = np.where(terms.seen, form.unit_roundoff * (o + worst + fp32) + tiny(form), 0.0)
-        return ErrorsOfO(f, worst, sigma, f * (terms.lost @ size), fp32, stored)
+        return ErrorsOfO(f, worst, sigma, f * (lost @ size), fp32, stored)
 
 
 def check_dtypes(**dtypes: str) -> None:
@@ -93,17 +109,20 @@ def rounding_bounds(
     BLOCK_N: int = 16,
     accumulator: float = FP32_UNIT,
     s_dtype: str | None = None,
+    dropout: float = 0.0,
+    dropout_seed: int = SEED,
 ) -> Bounds:
     """The bounds derived above for a kernel with O in `dtype`; all are zero in rows that see no key.
 
     P is multiplied by `p_scale` and rounded to `p_dtype`, by default `dtype` as it is. `BLOCK_N` is the least number of
     keys between two rescalings; 16 is the k extent of one MMA. `accumulator` is the unit roundoff of the tensor cores'
     sums, about 2**-14 for fp8 on Hopper (DeepSeek-V3 Technical Report, section 3.3.2). `s_dtype` is the dtype of scaled
-    scores that are stored, as by unfused attention. Raises InputError for arguments that do not fit.
+    scores that are stored, as by unfused attention. `dropout`: the kernel drops by the bits of `philox.keep`, and
+    multiplies by 1 / (1 - dropout) P before it is rounded, or O. Raises InputError for arguments that do not fit.
     """
     p_dtype = dtype if p_dtype is None else p_dtype
     check_dtypes(dtype=dtype, p_dtype=p_dtype, **({"s_dtype": s_dtype} if s_dtype else {}))
-    inputs = check_inputs(q, k, v, scale)
+    inputs = check_inputs(q, k, v, scale, dropout, dropout_seed)
     batch, seqlen_q, heads_q, _ = inputs.q.shape
     worst = np.zeros((batch, seqlen_q, heads_q, inputs.v.shape[3]))  # E F
     sigma, lost, others = np.zeros_like(worst), np.zeros_like(worst), np.zeros_like(worst)
@@ -126,5 +145,14 @@ def rounding_bounds(
         bound = terms.logits + terms.total + LOG * FP32_UNIT
         lse[piece.batch, piece.head, piece.rows] = np.where(terms.seen, bound, 0.0)[:, 0]
     with np.errstate(over="ignore"):  # scores so large that their rounding leaves nothing of the result
-        typical = np.minimum(worst, lost + sigma * (1 + LAMBDA / max(1, len(rows)) ** 0.5)) + others
-        return Bounds(worst + others, float(np.mean(typical)), lse, float(np.mean(typical**2)) ** 0.5)
+        typical = squares = _typical(worst, sigma, lost, len(rows)) + others
+        if inputs.dropout:
+            typical = _typical(worst, sigma, lost, len(rows) * share_of_rows(sigma)) + others
+            squares = _typical(worst, sigma, lost, len(rows) * share_of_rows(sigma**2)) + others
+        return Bounds(worst + others, float(np.mean(typical)), lse, float(np.mean(squares**2)) ** 0.5)
+
+
+def _typical(worst: Float, sigma: Float, lost: Float, different: float) -> Float:
+    """What the mean over so many `different` rows does not exceed, of the errors that come from rounding P."""
+    typical: Float = np.minimum(worst, lost + sigma * (1 + LAMBDA / max(1, different) ** 0.5))
+    return typical

@@ -102,6 +102,24 @@ def compare_exact(
     return _functional(o_error, lse_error, accepted)
 
 
+def gradient_errors(given: Gradients, reference: Gradients) -> dict[str, float]:
+    """The largest error of each of dq, dk and dv."""
+    return {name: _largest(_error(*pair)) for name, *pair in zip(Gradients._fields, given, reference, strict=True)}
+
+
+def compare_gradients_exact(given: Gradients, reference: Gradients, q: Float, k: Float, v: Float, do: Float) -> bool:
+    """Are the gradients of a run in float64 the reference?
+
+    Accepted if no element is off by more than 1e-9 of what its sum is made of: dV is a sum of rows of dO with weights
+    below 1; dQ and dK are sums of rows of K and Q, with weights below scale max|dO v| and as many rows as there are.
+    """
+    rows, depth = q.shape[1] * (q.shape[2] // k.shape[2]), v.shape[3]
+    weight = 2 * depth * _largest(do) * _largest(v) * q.shape[3] ** -0.5
+    sizes = (weight * _largest(k), rows * weight * _largest(q), rows * _largest(do))
+    errors = gradient_errors(given, reference).values()
+    return all(error <= EXACT * max(size, 1e-300) < np.inf for error, size in zip(errors, sizes, strict=True))
+
+
 def _lse_accepted(lse_error: Float, tolerance: Float) -> bool:
     return lse_error.shape == tolerance.shape and bool(np.all(lse_error <= tolerance))
 

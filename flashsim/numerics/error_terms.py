@@ -28,6 +28,14 @@ Where S itself is stored in a narrow format, as unfused attention does, that rou
 
 **Sums.** O and l are summed and rescaled apart: `product` = gamma(n, a) + spread(r, 1) on tensor cores, `total` =
 spread(n, a) + spread(r, 1) elsewhere.
+
+**Dropout.** With w = keep / (1 - dropout), O = sum_c p_c w_c v_c: the attention of values w_c v_c, which differ from
+row to row. l sums all keys, kept or not, so p and its errors are what they are without dropout, and every bound holds
+with w_c v_c for v_c: a dropped key adds no error to O, a kept one 1 / (1 - dropout) times as much. That is so where the
+kernel multiplies O or the sum at the end, and more than enough where it multiplies P before it rounds: t, and what
+becomes 0, is then not multiplied. The factor is in fp32: dropout itself, dropout / (1 - dropout) units; the difference,
+the quotient and the product, 3; they are a part of `product`, relative to sum_c p_c w_c |v_c|. All keys are counted in
+n and a, kept or not, and rows are different if their p are: fewer numbers are alike, never more.
 """
 
 from __future__ import annotations
@@ -47,6 +55,8 @@ LAMBDA = 6.0
 """Standard deviations that a sum of independent errors may reach."""
 SCORE, EXP, DIVIDE, LOG = 4, 4, 3, 4
 """fp32 units: scores after their dot product, exp2, reciprocal and product, log2."""
+DROPOUT = 3
+"""fp32 units: 1 - dropout, its reciprocal and the product with it; dropout's own rounding depends on dropout."""
 ALIKE = 1 / 8
 """Numbers that differ by less than this part of a unit roundoff are taken to have one common rounding error."""
 
@@ -64,6 +74,20 @@ def spread(n: Float | float, alike: Float | float = 1.0) -> Float:
 def gamma(n: Float | float, alike: Float | float = 1.0) -> Float:
     """fp32 units by which a product's sum of `n` terms can be off, relative to the sum of their sizes."""
     return np.minimum(2.0 * n, spread(n, alike) + n / 8)
+
+
+def dropout_units(dropout: float) -> float:
+    """fp32 units by which a product with 1 / (1 - dropout) can be off, 0 without dropout."""
+    return DROPOUT + dropout / (1 - dropout) if dropout else 0.0
+
+
+def share_of_rows(sizes: Float) -> float:
+    """(sum_i s_i)^2 / (n sum_i s_i^2) for the means s_i of n rows of (B, S, H, D): 1, or 1 / n where one row has all.
+
+    A sum of n independent numbers of these sizes is relatively as steady as one of this part of them, equally large.
+    """
+    rows = np.mean(sizes / max(np.max(sizes, initial=0.0), 1e-300), axis=3)
+    return float(np.mean(rows)) ** 2 / float(np.mean(rows**2)) if rows.any() else 1.0
 
 
 def most_alike(steps: Float) -> Float:
@@ -145,6 +169,6 @@ def error_terms(
             logits += scores_form.unit_roundoff * largest + scores_form.tiny_roundoff
         steps = np.where(piece.allowed, np.rint(depth / (ALIKE * form.unit_roundoff)), np.nan)
         alike = most_alike(steps)
-        product = (wide * gamma(n, alike) + spread(rescales)) * FP32_UNIT
+        product = (wide * gamma(n, alike) + spread(rescales) + dropout_units(piece.dropout)) * FP32_UNIT
         total = (spread(n, alike) + spread(rescales)) * FP32_UNIT
     return Terms(p, lse, random, np.where(kept, 0.0, p), logits, product, total, seen, steps, alike)

@@ -33,28 +33,36 @@ class Blocks(NamedTuple):
         return values
 
 
-def quantize(x: ArrayLike, block: int) -> Blocks:
+def quantize(x: ArrayLike, block: int | None) -> Blocks:
     """x (B, S, H, D) in e4m3 with one fp32 scale, max|x| / 448, for each block of `block` rows of a head.
 
-    FlashAttention-3, section 3.3: block quantization. A block of zeros, or of numbers
-    whose scale fp32 does not hold, has scale 1. Raises InputError if `x` has not
-    four dimensions or `block` is not positive.
+    FlashAttention-3, section 3.3: block quantization. With `block` None all sequences and heads have the same scale,
+    in one block of S rows each: quantization per tensor. A block of zeros, or of numbers whose scale fp32 does not
+    hold, has scale 1. Raises InputError if `x` has not four dimensions or `block` is not positive.
     """
     values = np.asarray(x, dtype=np.float64)
     problems = [] if values.ndim == 4 else [f"x: must have 4 dimensions, got shape {values.shape}"]
-    if block < 1:
+    if block is not None and block < 1:
         problems.append(f"block: must be at least 1, got {block}")
     if problems:
         raise InputError(problems)
     batch, seqlen, heads, head_dim = values.shape
+    per_tensor = block is None
+    block = max(seqlen, 1) if block is None else block
     blocks = -(-seqlen // block)
     padded = np.zeros((batch, blocks * block, heads, head_dim))
     padded[:, :seqlen] = values
     tiles = padded.reshape(batch, blocks, block, heads, head_dim)
     largest = np.abs(tiles).max(axis=(2, 4), initial=0.0)
+    if per_tensor:
+        largest = np.full_like(largest, largest.max(initial=0.0))
     scales = round_to(largest / FORMATS["e4m3"].max, "fp32")
     scales = np.where(scales == 0, 1.0, scales)
-    codes = round_to(saturate(tiles / scales[:, :, None, :, None], "e4m3"), "e4m3").reshape(padded.shape)[:, :seqlen]
+    codes = np.empty_like(tiles)
+    # A head at a time: temporaries of a whole tensor would cost more time than the arithmetic.
+    for b, h in np.ndindex(batch, heads):
+        codes[b, :, :, h] = round_to(saturate(tiles[b, :, :, h] / scales[b, :, h, None, None], "e4m3"), "e4m3")
+    codes = codes.reshape(padded.shape)[:, :seqlen]
     return Blocks(codes, scales, block)
 
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flashsim.errors import InputError
 from flashsim.numerics.bounds import rounding_bounds
-from flashsim.numerics.compare import compare_exact, compare_rounded
+from flashsim.numerics.compare import (
+    compare_exact,
+    compare_gradients,
+    compare_gradients_exact,
+    compare_rounded,
+    gradient_errors,
+)
 from flashsim.numerics.eager import eager_attention
+from flashsim.numerics.gradient_bounds import gradient_bounds
+from flashsim.numerics.gradients import Gradients, attention_gradients_reference, eager_gradients
 from flashsim.numerics.layout import Float
 from flashsim.numerics.reference import attention_reference
 from flashsim.result import Functional
@@ -30,15 +39,20 @@ def refuse_large(problem: AttentionProblem) -> None:
         )
 
 
-def run_tensors(problem: AttentionProblem, q: Float, k: Float, v: Float) -> dict[str, Any]:
-    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), and everything that a schedule can write, full of NaN.
+def run_tensors(problem: AttentionProblem, q: Float, k: Float, v: Float, do: Float | None = None) -> dict[str, Any]:
+    """The tensors that a call is given, and those that it writes, full of NaN.
 
-    O is (B, Sq, Hq, Dv), LSE (B, Sq, Hq), S and P (B, Sq, Hq, Sk).
+    q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) and, for a backward pass, do (B, Sq, Hq, Dv); O is like dO,
+    LSE (B, Sq, Hq), dQ, dK and dV like q, k and v.
     """
     rows = (problem.batch, problem.seqlen_q, problem.heads_q)
-    outputs = {"O": (*rows, problem.head_dim_v), "LSE": rows}
-    outputs |= dict.fromkeys(("S", "P"), (*rows, problem.seqlen_k))
-    return {"Q": q, "K": k, "V": v} | {name: np.full(shape, np.nan) for name, shape in outputs.items()}
+    given = {"Q": q, "K": k, "V": v}
+    wanted = {"O": (*rows, problem.head_dim_v), "LSE": rows}
+    if "bwd" in problem.passes:
+        assert do is not None
+        given["dO"] = do
+        wanted |= {"dQ": q.shape, "dK": k.shape, "dV": v.shape}
+    return given | {name: np.full(shape, np.nan) for name, shape in wanted.items()}
 
 
 def judge(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool, stores_scores: bool = False) -> Functional:
@@ -47,11 +61,33 @@ def judge(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool, sto
     `stores_scores`: the schedule rounds S to the problem's dtype, as unfused attention does.
     """
     q, k, v = tensors["Q"], tensors["K"], tensors["V"]
-    o, lse = attention_reference(q, k, v, problem.mask)
+    mask, dropout = problem.mask, problem.dropout
+    o, lse = attention_reference(q, k, v, mask, dropout=dropout)
     mine, mine_lse = tensors["O"], tensors["LSE"].transpose(0, 2, 1)
     if rounded:
-        eager = eager_attention(q, k, v, problem.dtype, problem.mask)
+        eager = eager_attention(q, k, v, problem.dtype, mask, dropout=dropout)
         s_dtype = problem.dtype if stores_scores else None
-        bounds = rounding_bounds(q, k, v, problem.dtype, problem.mask, s_dtype=s_dtype)
-        return compare_rounded(mine, mine_lse, o, lse, eager, bounds)
-    return compare_exact(mine, mine_lse, o, lse, v)
+        bounds = rounding_bounds(q, k, v, problem.dtype, mask, s_dtype=s_dtype, dropout=dropout)
+        found = compare_rounded(mine, mine_lse, o, lse, eager, bounds)
+    else:
+        found = compare_exact(mine, mine_lse, o, lse, v)
+    if "bwd" not in problem.passes:
+        return found
+    errors, accepted = _judge_gradients(problem, tensors, rounded)
+    return replace(found, gradient_max_abs_error=errors, accepted=found.accepted and accepted)
+
+
+def _judge_gradients(
+    problem: AttentionProblem, tensors: dict[str, Any], rounded: bool
+) -> tuple[dict[str, float], bool]:
+    """(largest error of dq, dk and dv, whether they are accepted)."""
+    given = Gradients(tensors["dQ"], tensors["dK"], tensors["dV"])
+    q, k, v, do = (tensors[name] for name in ("Q", "K", "V", "dO"))
+    dtype, mask, dropout = problem.dtype, problem.mask, problem.dropout
+    reference = attention_gradients_reference(q, k, v, do, mask, dropout=dropout)
+    errors = gradient_errors(given, reference)
+    if not rounded:
+        return errors, compare_gradients_exact(given, reference, q, k, v, do)
+    eager = eager_gradients(q, k, v, do, dtype, mask, dropout=dropout)
+    bounds = gradient_bounds(q, k, v, do, dtype, mask, dropout=dropout)
+    return errors, compare_gradients(given, reference, eager, bounds).accepted

@@ -16,6 +16,17 @@ D = rowsum(dO * O) and dS = P * (dP - D) are fp32. With the terms of `error_term
 As in `bounds.py`, that is the largest error; for the typical one, roundings of P, O and dS have standard deviations:
 sqrt(a / 3) times their root of squares, times 1 + 6 / sqrt(N) for the mean over N different rows or keys. Where a row
 has equal neighbors a counts them for dK and dV. No number may leave the dtype's range.
+
+With dropout, w = keep / (1 - dropout), v_c is w_c v_c for each row, as in `error_terms.py`: dP = (dO V^T) * w and
+dV = (P * w)^T dO. Of that follows
+
+    D           e_c w_c v_c . dO = e_c dP_c: as above
+    dS          the product with w: 3 + dropout / (1 - dropout) units more of |dP| + |D|, since a kernel may multiply D
+                by 1 - dropout, and dQ and dK by its reciprocal at the end. It then rounds (1 - dropout) dS, so t stands
+                for t / (1 - dropout). Dropped elements have dS = - P D, and round as others do
+    dQ, dK      D's error meets all of P, dropped or not; the same units more in the sums
+    dV          w times P's errors, u p + t and eps p, as P is multiplied before it is rounded or dV at the end
+    mean        N rows or keys as in `bounds.py`, times the share that has errors
 """
 
 from __future__ import annotations
@@ -32,15 +43,18 @@ from flashsim.numerics.error_terms import (
     LAMBDA,
     LOG,
     Terms,
+    dropout_units,
     equal_factors,
     error_terms,
     fingerprints,
     gamma,
     most_alike,
+    share_of_rows,
     tiny,
 )
 from flashsim.numerics.gradients import Gradients, check_do, sum_groups
 from flashsim.numerics.layout import Float, Piece, check_inputs, pieces
+from flashsim.numerics.philox import SEED
 from flashsim.numerics.rounding import FORMATS, Format
 
 AROUND = 3
@@ -77,9 +91,10 @@ class _Sum:
             sum_groups(x, heads_kv) for x in (self.exact, self.random, self.sigma, self.fixed)
         )
 
-    def typical(self, different: int) -> float:
-        """Bound of the mean error, when `different` rows or keys have different errors."""
-        random = np.minimum(self.random, self.sigma * (1 + LAMBDA / max(1, different) ** 0.5))
+    def typical(self, different: int, unlike: bool) -> float:
+        """Bound of the mean error, when `different` rows or keys have different errors, of sizes that are `unlike`."""
+        number = max(1.0, different * (share_of_rows(self.sigma) if unlike else 1))
+        random = np.minimum(self.random, self.sigma * (1 + LAMBDA / number**0.5))
         return float(np.mean(random + self.fixed)) if random.size else 0.0
 
 
@@ -99,7 +114,7 @@ def _errors_of_ds(piece: Piece, do: Float, terms: Terms, form: Format) -> _Error
     of_o = errors_of_o(piece, terms, form)
     lse = np.abs(np.where(terms.seen, terms.lse, 0.0))
     eps = np.where(terms.seen, np.expm1(2 * terms.logits + terms.total + (LOG + 2 * lse) * FP32_UNIT), 0.0)
-    dp, o, size = do @ piece.v.T, terms.p @ piece.v, np.abs(do)
+    dp, o, size = piece.drop(do @ piece.v.T), piece.drop(terms.p) @ piece.v, np.abs(do)
     d = np.sum(do * o, axis=1, keepdims=True)
     ds, weight = terms.p * (dp - d), (1 + eps) * terms.p
 
@@ -114,14 +129,19 @@ def _errors_of_ds(piece: Piece, do: Float, terms: Terms, form: Format) -> _Error
     d_fixed += np.sum(of_o.factor * terms.lost * np.abs(dp), axis=1, keepdims=True)
 
     dp_sum = gamma(do.shape[1], equal_factors(do, piece.v)) * FP32_UNIT
-    fp32 = weight * (dp_sum * (size @ np.abs(piece.v).T) + AROUND * FP32_UNIT * (np.abs(dp) + np.abs(d)))
+    around = (AROUND + dropout_units(piece.dropout)) * FP32_UNIT
+    fp32 = weight * (dp_sum * piece.drop(size @ np.abs(piece.v).T) + around * (np.abs(dp) + np.abs(d)))
     return _Errors(ds, eps * np.abs(ds) + fp32, weight, eps, d_random, np.sqrt((variance_p + variance_o) / 3), d_fixed)
 
 
-def _split(size: Float, form: Format) -> tuple[Float, Float]:
-    """Rounding errors of numbers of this size that are as often up as down, and those of numbers that become 0."""
-    kept = size > tiny(form)
-    return np.where(kept, form.unit_roundoff * size + tiny(form), 0.0), np.where(kept, 0.0, size)
+def _split(size: Float, form: Format, scaled: float = 1.0) -> tuple[Float, Float]:
+    """Rounding errors of numbers of this size that are as often up as down, and those of numbers that become 0.
+
+    They may be rounded after they were multiplied by `scaled` <= 1, and divided by it later.
+    """
+    least = tiny(form) / scaled
+    kept = size > least
+    return np.where(kept, form.unit_roundoff * size + least, 0.0), np.where(kept, 0.0, size)
 
 
 def gradient_bounds(
@@ -134,11 +154,16 @@ def gradient_bounds(
     scale: float | None = None,
     *,
     BLOCK_N: int = 16,
+    dropout: float = 0.0,
+    dropout_seed: int = SEED,
 ) -> GradientBounds:
-    """The bounds derived above; `BLOCK_N` as in `rounding_bounds`. Raises InputError for arguments that do not fit."""
+    """The bounds derived above; `BLOCK_N` and `dropout` as in `rounding_bounds`.
+
+    Raises InputError for arguments that do not fit.
+    """
     check_dtypes(dtype=dtype)
     form = FORMATS[dtype]
-    inputs = check_inputs(q, k, v, scale)
+    inputs = check_inputs(q, k, v, scale, dropout, dropout_seed)
     given = check_do(do, inputs)
     (batch, seqlen_q, heads_q, head_dim), (seqlen_k, heads_kv, head_dim_v) = inputs.q.shape, inputs.v.shape[1:]
     dq = _Sum(batch, seqlen_q, heads_q, head_dim)
@@ -152,7 +177,7 @@ def gradient_bounds(
         terms = error_terms(piece, inputs.scale, form, 1.0, BLOCK_N)
         e = _errors_of_ds(piece, go, terms, form)
         size = np.abs(e.ds) + e.fp32 + e.weight * (e.d_random + e.d_fixed)
-        random, lost = _split(size, form)
+        random, lost = _split(size, form, 1 - inputs.dropout)
         rows.update(fingerprints(terms.steps[terms.seen[:, 0]]).tolist())
         if piece.rows.start == 0:
             keys.update(fingerprints(terms.steps.T).tolist())
@@ -167,7 +192,8 @@ def gradient_bounds(
             factor * ((e.fp32 + lost + sums * size) @ ak + e.d_fixed * along),
         )
         alike = most_alike(terms.steps.T)
-        sums = (gamma(seqlen_q * heads_q / heads_kv, alike * heads_q / heads_kv) + AROUND) * FP32_UNIT
+        sums = gamma(seqlen_q * heads_q / heads_kv, alike * heads_q / heads_kv) + AROUND
+        sums = (sums + dropout_units(inputs.dropout)) * FP32_UNIT
         dk.add(
             head,
             inputs.scale * (e.ds.T @ piece.q),
@@ -175,13 +201,14 @@ def gradient_bounds(
             factor**2 * alike * ((random**2 / 3 + (e.weight * e.d_sigma) ** 2).T @ aq**2),
             factor * ((e.fp32 + lost + e.weight * e.d_fixed).T @ aq + sums * (size.T @ aq)),
         )
-        random, lost = _split(e.weight, form)
+        random, lost = (piece.drop(x) for x in _split(e.weight, form))
+        p = piece.drop(terms.p)
         dv.add(
             head,
-            terms.p.T @ go,
+            p.T @ go,
             random.T @ ago,
             alike * (random**2).T @ ago**2 / 3,
-            (lost + e.eps * terms.p).T @ ago + sums * (e.weight.T @ ago),
+            (lost + e.eps * p).T @ ago + sums * (piece.drop(e.weight).T @ ago),
         )
     dq.store(form)
     for gradient in (dk, dv):
@@ -189,7 +216,8 @@ def gradient_bounds(
             gradient.store(form)
         gradient.sum_groups(heads_kv)
         gradient.store(form)
+    unlike = inputs.dropout > 0  # rows and keys of which few elements are kept, or none
     return GradientBounds(
         Gradients(dq.random + dq.fixed, dk.random + dk.fixed, dv.random + dv.fixed),
-        (dq.typical(len(rows)), dk.typical(len(keys)), dv.typical(len(keys))),
+        (dq.typical(len(rows), unlike), dk.typical(len(keys), unlike), dv.typical(len(keys), unlike)),
     )

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 
 from flashsim.errors import InputError
 from flashsim.numerics.layout import Float, Inputs, check_inputs, pieces
+from flashsim.numerics.philox import SEED
 from flashsim.numerics.rounding import round_to
 
 
@@ -42,13 +43,18 @@ def attention_gradients_reference(
     do: ArrayLike,  # (B, Sq, Hq, Dv)
     mask: str = "full",
     scale: float | None = None,
+    *,
+    dropout: float = 0.0,
+    dropout_seed: int = SEED,
 ) -> Gradients:
     """Gradients of sum(O * dO) in q, k and v, in float64; dk and dv are summed over the query heads of a KV head.
 
     dV = P^T dO, dS = P * (dO V^T - rowsum(dO * O)), dQ = scale * dS K, dK = scale * dS^T Q. Rows that see no key have
-    dq = 0 and add nothing to dk and dv. Raises InputError, one line per argument that does not fit.
+    dq = 0 and add nothing to dk and dv. With dropout, w = keep / (1 - dropout) with the bits of the forward pass:
+    dV = (P * w)^T dO and dP = (dO V^T) * w, of which rowsum(P * dP) = rowsum(dO * O); dS = P * (dP - that), whole P.
+    Raises InputError, one line per argument that does not fit.
     """
-    inputs = check_inputs(q, k, v, scale)
+    inputs = check_inputs(q, k, v, scale, dropout, dropout_seed)
     given = check_do(do, inputs)
     batch, _, heads_q, head_dim = inputs.q.shape
     seqlen_k, heads_kv, head_dim_v = inputs.v.shape[1:]
@@ -63,11 +69,11 @@ def attention_gradients_reference(
             m = s.max(axis=1, keepdims=True)
             p = np.exp(s - np.where(m == -np.inf, 0.0, m))
             p = p / np.where(m == -np.inf, 1.0, p.sum(axis=1, keepdims=True))
-            dp = given[at] @ piece.v.T
+            dp = piece.drop(given[at] @ piece.v.T)
             ds = p * (dp - np.sum(p * dp, axis=1, keepdims=True))
             dq[at] = ds @ piece.k * inputs.scale
             dk[head] += ds.T @ piece.q * inputs.scale
-            dv[head] += p.T @ given[at]
+            dv[head] += piece.drop(p).T @ given[at]
     return Gradients(dq, sum_groups(dk, heads_kv), sum_groups(dv, heads_kv))
 
 
@@ -79,14 +85,18 @@ def eager_gradients(
     dtype: str,
     mask: str = "full",
     scale: float | None = None,
+    *,
+    dropout: float = 0.0,
+    dropout_seed: int = SEED,
 ) -> Gradients:
     """The same, rounded where the backward pass of unfused PyTorch rounds when its tensors are `dtype`.
 
     S and P are those of `eager.eager_attention`; dP and dS are stored in `dtype`, softmax's backward pass is fp32
     inside, and every product is accumulated in fp32 and rounded once. Keys and values that several query heads share
-    are repeated for them, so each head's dk and dv is rounded, and their sum again.
+    are repeated for them, so each head's dk and dv is rounded, and their sum again. With dropout, P * w and dP * w are
+    stored in `dtype` beside P and dP.
     """
-    inputs = check_inputs(q, k, v, scale)
+    inputs = check_inputs(q, k, v, scale, dropout, dropout_seed)
     given = check_do(do, inputs)
     batch, _, heads_q, head_dim = inputs.q.shape
     seqlen_k, heads_kv, head_dim_v = inputs.v.shape[1:]
@@ -107,10 +117,12 @@ def eager_gradients(
             m = s.max(axis=1, keepdims=True)
             p = np.exp(s - np.where(m == -np.inf, np.float32(0), m))
             p = rounded(p / np.where(m == -np.inf, np.float32(1), p.sum(axis=1, keepdims=True)))
-            dp = rounded(do32 @ v32.T)
+            dp, dropped = rounded(do32 @ v32.T), p
+            if piece.kept is not None:
+                dp, dropped = rounded(piece.drop(dp)), rounded(piece.drop(p))
             ds = rounded(p * (dp - np.sum(p * dp, axis=1, keepdims=True)))
             dq[at] = round_to(ds @ k32 * factor, dtype)
             dk[head] += ds.T @ q32 * factor
-            dv[head] += p.T @ do32
+            dv[head] += dropped.T @ do32
     dk, dv = (round_to(sum_groups(round_to(x, dtype), heads_kv), dtype) for x in (dk, dv))
     return Gradients(dq, dk, dv)

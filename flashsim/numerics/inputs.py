@@ -27,3 +27,11 @@ def random_inputs(problem: AttentionProblem, seed: int, scale: float = 1.0) -> t
     )
     q, k, v = (round_to(scale * generator.standard_normal(shape), problem.dtype) for shape in shapes)
     return q, k, v
+
+
+def random_do(problem: AttentionProblem, seed: int) -> Float:
+    """dO (B, Sq, Hq, Dv), normal, for a backward pass; independent of `random_inputs` of the same seed."""
+    import numpy as np
+
+    shape = (problem.batch, problem.seqlen_q, problem.heads_q, problem.head_dim_v)
+    return round_to(np.random.default_rng((seed, 1)).standard_normal(shape), problem.output_dtype)

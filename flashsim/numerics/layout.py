@@ -4,31 +4,38 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from flashsim.errors import InputError
 from flashsim.masks import parse_mask
+from flashsim.numerics.philox import SEED, dropout_problems, keep
 
 Float = NDArray[np.float64]
+AnyFloat = TypeVar("AnyFloat", bound=NDArray[np.floating[Any]])
 
 MAX_SCORES = 2**20
 """Scores held at a time: 8 MiB in float64."""
 
 
 class Inputs(NamedTuple):
-    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) in float64, and the scale of the scores."""
+    """q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv) in float64, the scale of the scores, and dropout."""
 
     q: Float
     k: Float
     v: Float
     scale: float
+    dropout: float = 0.0
+    dropout_seed: int = SEED
 
 
 class Piece(NamedTuple):
-    """Some rows of one head: q (rows, D), k (Sk, D), v (Sk, Dv), allowed (rows, Sk)."""
+    """Some rows of one head: q (rows, D), k (Sk, D), v (Sk, Dv), allowed (rows, Sk).
+
+    `kept` (rows, Sk) is `philox.keep` of these rows, None without dropout.
+    """
 
     batch: int
     head: int
@@ -37,6 +44,17 @@ class Piece(NamedTuple):
     k: Float
     v: Float
     allowed: NDArray[np.bool_]
+    kept: NDArray[np.bool_] | None = None
+    dropout: float = 0.0
+
+    def drop(self, x: AnyFloat) -> AnyFloat:
+        """x (rows, Sk) times w = keep / (1 - dropout), in the dtype of `x`; `x` itself without dropout.
+
+        Infinity that is dropped becomes NaN, as where a kernel multiplies.
+        """
+        if self.kept is None:
+            return x
+        return x * (self.kept * x.dtype.type(1 / (1 - self.dropout)))  # type: ignore[return-value]
 
 
 def _as_float64(name: str, given: ArrayLike, problems: list[str]) -> Float:
@@ -50,14 +68,17 @@ def _as_float64(name: str, given: ArrayLike, problems: list[str]) -> Float:
     return array
 
 
-def check_inputs(q: ArrayLike, k: ArrayLike, v: ArrayLike, scale: float | None) -> Inputs:
+def check_inputs(
+    q: ArrayLike, k: ArrayLike, v: ArrayLike, scale: float | None, dropout: float = 0.0, dropout_seed: int = SEED
+) -> Inputs:
     """The arrays as float64; `scale` defaults to 1 / sqrt(D). Batch, lengths and Dv may be 0, heads and D may not.
 
     Raises InputError with one line per mistake, each naming the argument.
     """
-    problems: list[str] = []
-    arrays = [_as_float64(name, given, problems) for name, given in (("q", q), ("k", k), ("v", v))]
-    if problems:
+    unreadable: list[str] = []
+    arrays = [_as_float64(name, given, unreadable) for name, given in (("q", q), ("k", k), ("v", v))]
+    problems = unreadable + dropout_problems(dropout, dropout_seed)
+    if unreadable:
         raise InputError(problems)
     qa, ka, va = arrays
     for name, array in (("k", ka), ("v", va)):
@@ -78,7 +99,8 @@ def check_inputs(q: ArrayLike, k: ArrayLike, v: ArrayLike, scale: float | None) 
         problems.append(f"scale: must be finite, got {scale}")
     if problems:
         raise InputError(problems)
-    return Inputs(qa, ka, va, qa.shape[3] ** -0.5 if scale is None else float(scale))
+    factor = qa.shape[3] ** -0.5 if scale is None else float(scale)
+    return Inputs(qa, ka, va, factor, float(dropout), int(dropout_seed))
 
 
 def pieces(inputs: Inputs, mask: str) -> Iterator[Piece]:
@@ -98,5 +120,8 @@ def pieces(inputs: Inputs, mask: str) -> Iterator[Piece]:
             kv = h // (heads_q // heads_kv)
             for start in range(0, seqlen_q, step):
                 rows = slice(start, min(start + step, seqlen_q))
-                visible = rule.allowed(np.arange(rows.start, rows.stop), cols, seqlen_q, seqlen_k, b)
-                yield Piece(b, h, rows, inputs.q[b, rows, h], inputs.k[b, :, kv], inputs.v[b, :, kv], visible)
+                indices = np.arange(rows.start, rows.stop)
+                visible = rule.allowed(indices, cols, seqlen_q, seqlen_k, b)
+                kept = keep(indices, cols, b, h, inputs.dropout, inputs.dropout_seed) if inputs.dropout else None
+                q, k, v = inputs.q[b, rows, h], inputs.k[b, :, kv], inputs.v[b, :, kv]
+                yield Piece(b, h, rows, q, k, v, visible, kept, inputs.dropout)

@@ -14,7 +14,10 @@ Array = NDArray[np.float64]
 
 MAP: dict[str, Callable[[Array, Array, float], Array]] = {
     "exp": shifted_exp,
+    "exp_lse": lambda tile, lse, scale: shifted_exp(scale * tile, lse),
     "rescale_factor": shifted_exp,
+    "add": lambda tile, other, _: tile + other,
+    "sub": lambda tile, other, _: tile - other,
     "mul": lambda tile, factor, _: tile * factor,
     "div": lambda tile, total, _: normalize(tile, total),
     "lse": log_sum_exp,

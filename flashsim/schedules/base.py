@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self
 from flashsim.errors import InputError, unknown
 from flashsim.masks import SPELLING
 from flashsim.problem import AttentionProblem
+from flashsim.schedules.tensors import TENSORS, Tensor
 from flashsim.schedules.verbs import Program
 
 OTHER_REGISTERS = 24
@@ -35,18 +36,25 @@ class Role:
 
 @dataclass(frozen=True)
 class Grid:
-    """Which CTA works on which tile, and when.
+    """What a work tile is, which CTA works on which, and when.
 
-    order: `rows` walks the blocks of queries of one head, then the next head (CUDA's block order with x the query
-    block); `longest_first` walks, within a section of as many heads as the L2 holds, all heads' longest blocks first.
-    launch: `cta` starts one CTA for each tile, when an SM has room; `static` starts as many CTAs as fit and gives CTA i
-    the tiles i, i + n, ...; `dynamic` gives the next tile to whichever of them asks first.
+    over: a work tile is a block of `queries` with the KV tiles that it visits, or a block of `keys` with its Q tiles.
+    order: `rows` walks the blocks of one head, then the next head (CUDA's block order with x the block);
+    `longest_first` walks, within a section of as many heads as the L2 holds, all heads' longest blocks first.
+    launch: `cta` starts one CTA for each tile, when an SM has room; `head` one for each head of each batch entry, with
+    all its tiles in order; `static` starts as many CTAs as fit and gives CTA i the tiles i, i + n, ...; `dynamic` gives
+    the next tile to whichever of them asks first.
     """
 
     order: Literal["rows", "longest_first"] = "rows"
-    launch: Literal["cta", "static", "dynamic"] = "cta"
+    launch: Literal["cta", "head", "static", "dynamic"] = "cta"
     section_byte: int = 0
     """For `longest_first`: K and V bytes of a section of heads."""
+    over: Literal["queries", "keys"] = "queries"
+    heads: Literal["q", "kv"] = "q"
+    """Whether there is a work tile for each query head or for each KV head."""
+    splits: int | None = None
+    """Work tiles into which the KV tiles of one are divided; None where the kernel knows of no splits."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +70,52 @@ class Kernel:
     BLOCK_N: int
     mma: Literal["mma.sync", "wgmma"]
     copy: Literal["cp.async", "tma"]
+    head_dim: int = 0
+    """Columns of the tiles of Q and K, of which those beyond the problem's head dim are zero; 0: the problem's."""
+    head_dim_v: int = 0
     cluster: int = 1
     """CTAs that load K and V together, each a part, by multicast."""
     overhead_instructions: int = 0
     """Warp instructions a KV tile costs beside those that the verbs stand for: addresses, predicates, the loop."""
-    dense: bool = False
-    """Visits every KV tile, those that the mask hides too."""
+    walk: Literal["mask", "all", "none"] = "mask"
+    """Which tiles of the inner loop a work tile visits: those that the mask leaves, all of them, or none."""
     masks: bool = True
     """Asks which of its KV tiles need masking; to a kernel that never does, all are alike."""
     scaled_scores: bool = False
     """The scores that it reads have been multiplied by the softmax scale."""
     library: bool = False
     """A framework's kernel, which moves data at the rate that such kernels reach, not at the best there is."""
+    workspace: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    """Tensors in HBM that are neither given nor wanted, by name."""
+
+    def widths(self, problem: AttentionProblem) -> tuple[int, int]:
+        """Columns of the tiles of Q and K, and of V and O."""
+        return self.head_dim or problem.head_dim, self.head_dim_v or problem.head_dim_v
+
+    def tensor(self, name: str) -> Tensor:
+        """Raises AttributeError if the kernel knows no tensor of this name."""
+        tensor = TENSORS.get(name) or self.workspace.get(name)
+        if tensor is None:
+            raise AttributeError(unknown("tensor", name, [*TENSORS, *self.workspace]))
+        return tensor
+
+    def arguments(self, name: str) -> tuple[str, ...]:
+        """The axes of a tensor that a work tile does not fix, of `head`, `split` and `block`, in this order."""
+        tensor = self.tensor(name)
+        free = (
+            ("head", tensor.heads == "q" and self.grid.heads == "kv"),
+            ("split", tensor.splits and self.grid.splits is None),
+            ("block", tensor.rows != self.grid.over or tensor.columns == "keys"),
+        )
+        return tuple(axis for axis, is_free in free if is_free)
+
+    def streams(self, name: str) -> bool:
+        """True if every tile of the inner loop has a part of the tensor."""
+        return "block" in self.arguments(name)
+
+    def is_common(self, name: str) -> bool:
+        """True if work tiles of one head have parts of the tensor in common."""
+        return self.streams(name) and self.tensor(name).columns != "keys"
 
 
 @dataclass(frozen=True)
@@ -124,8 +166,13 @@ class Schedule:
         return []
 
     def workspace_byte(self, problem: AttentionProblem) -> int:
-        """Device memory that a call needs beside its inputs and outputs."""
-        return 0
+        """Device memory that a call needs beside its inputs and outputs: the workspace of its kernels."""
+        sizes = {
+            name: tensor.size_byte(problem, kernel.grid.splits or 1)
+            for kernel in reversed(self.kernels(problem))  # of a split tensor, the kernel that writes it says how many
+            for name, tensor in kernel.workspace.items()
+        }
+        return sum(sizes.values())
 
     @classmethod
     def name(cls) -> str:
@@ -152,7 +199,7 @@ class Schedule:
             f"schedule {cls.name()} has no {kind} {given!r} (it has: {', '.join(has)})"
             for kind, given, has in (
                 ("direction", problem.direction, cls.directions),
-                ("mask", problem.mask.partition(":")[0], cls.masks),
+                ("mask", problem.mask_rule.kind, cls.masks),
                 ("dtype", problem.dtype, cls.dtypes),
             )
             if str(given) not in has

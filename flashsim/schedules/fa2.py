@@ -1,4 +1,4 @@
-"""FlashAttention-2, forward (Dao, arXiv 2307.08691, algorithm 1).
+"""FlashAttention-2, forward (Dao, arXiv 2307.08691, algorithm 1); `fa2_backward` has the backward pass.
 
 One CTA for each block of queries, an inner loop over the K/V blocks, each warp with its own query rows. There is no
 producer: the warps that compute also issue the loads (cp.async), one K and one V buffer, and mma.sync products are
@@ -8,13 +8,16 @@ awaited. What overlaps is one CTA with another on the same SM.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from flashsim.problem import AttentionProblem
-from flashsim.schedules.base import Grid, Kernel, Role, Schedule
+from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
+from flashsim.schedules.fa2_backward import FA2Backward
+from flashsim.schedules.fa2_backward import tile_size as backward_tile_size
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Sync, Warpgroup
 
+BACKWARD_TILE = ("bwd_BLOCK_M", "bwd_BLOCK_N", "bwd_stages")
 OTHER_INSTRUCTIONS = 60
 """Per KV tile, beside those of the verbs: counted in the compiled loop of flash_fwd_kernel.h, about 60."""
 
@@ -58,17 +61,30 @@ def tile_size(head_dim: int, masked: bool, architecture: str) -> tuple[int, int]
     return (128, 64) if architecture == "ampere" else (64, 64)
 
 
+def padded(width: int) -> int:
+    """The head dim of the tiles: the library has kernels for multiples of 32 (round_multiple in flash_api.cpp)."""
+    return -(-width // 32) * 32
+
+
 @dataclass(frozen=True)
 class FA2(Schedule):
-    """FlashAttention-2 forward, fp16 and bf16, Ampere, Ada and Hopper."""
+    """FlashAttention-2, fp16 and bf16, Ampere, Ada and Hopper."""
 
-    title = "FlashAttention-2 forward: mma.sync and cp.async, no warp specialization"
-    source = "arXiv 2307.08691, algorithm 1; Dao-AILab/flash-attention csrc/flash_attn/src/flash_fwd_kernel.h"
+    title = "FlashAttention-2: mma.sync and cp.async, no warp specialization"
+    source = "arXiv 2307.08691, algorithms 1 and 2; Dao-AILab/flash-attention csrc/flash_attn/src/flash_fwd_kernel.h"
+    directions = ("fwd", "bwd", "fwd+bwd")
+    backward: ClassVar[type[FA2Backward]] = FA2Backward
+
+    bwd_BLOCK_M: int = switch(None, "query rows of a tile of the backward pass")
+    bwd_BLOCK_N: int = switch(None, "keys of a CTA's tile in the backward pass")
+    bwd_stages: int = switch(None, "buffers of Q in the backward pass")
+    deterministic: bool = switch(False, "CTAs add to dQ one after the other, in the order of their keys")
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         head_dim = max(problem.head_dim, problem.head_dim_v)
-        rows, keys = tile_size(head_dim, problem.mask != "full", architecture)
-        return {"BLOCK_M": rows, "BLOCK_N": keys}
+        rows, keys = tile_size(head_dim, problem.mask_rule.kind != "full", architecture)
+        backward = dict(zip(BACKWARD_TILE, backward_tile_size(head_dim, architecture), strict=True))
+        return {"BLOCK_M": rows, "BLOCK_N": keys, **backward}
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
         lines = []
@@ -76,6 +92,13 @@ class FA2(Schedule):
             lines.append(f"BLOCK_M = {self.BLOCK_M}, allowed are 64, 128, 256: 16 or 32 rows for each of 4 or 8 warps")
         if self.BLOCK_N % 16 or not 16 <= self.BLOCK_N <= 256:
             lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are the multiples of 16 from 16 to 256 (k of one mma)")
+        for name, value in (("bwd_BLOCK_M", self.bwd_BLOCK_M), ("bwd_BLOCK_N", self.bwd_BLOCK_N)):
+            if value not in (64, 128):
+                lines.append(
+                    f"{name} = {value}, allowed are 64 and 128: rows for four warps, columns for two warpgroups"
+                )
+        if self.bwd_stages not in (1, 2):
+            lines.append(f"bwd_stages = {self.bwd_stages}, allowed are 1 and 2")
         return lines
 
     def warpgroups(self, problem: AttentionProblem) -> int:
@@ -83,32 +106,34 @@ class FA2(Schedule):
 
         The rule gives the numbers of warps that the code has for each of its tiles.
         """
-        wide = problem.head_dim_v + self.BLOCK_N > 192
+        wide = padded(problem.head_dim_v) + self.BLOCK_N > 192
         return max(1, self.BLOCK_M // (64 if wide else 128))
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
-        role = Role("warps", self.program, self.warpgroups(problem), registers=self.registers)
-        return (
-            Kernel(
-                name="fa2_fwd",
-                roles=(role,),
-                shared=self.shared,
-                grid=Grid("rows", "cta"),
-                BLOCK_M=self.BLOCK_M,
-                BLOCK_N=self.BLOCK_N,
-                mma="mma.sync",
-                copy="cp.async",
-                overhead_instructions=OTHER_INSTRUCTIONS,
-            ),
+        d, dv = (padded(width) for width in (problem.head_dim, problem.head_dim_v))
+        forward = Kernel(
+            name="fa2_fwd",
+            roles=(Role("warps", self.program, self.warpgroups(problem), registers=self.registers),),
+            shared=self.shared,
+            grid=Grid("rows", "cta"),
+            BLOCK_M=self.BLOCK_M,
+            BLOCK_N=self.BLOCK_N,
+            mma="mma.sync",
+            copy="cp.async",
+            head_dim=d,
+            head_dim_v=dv,
+            overhead_instructions=OTHER_INSTRUCTIONS,
         )
+        backward = self.backward(self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.bwd_stages, self.deterministic, d, dv)
+        launches = {"fwd": (forward,), "bwd": backward.kernels(problem)}
+        return tuple(kernel for name in problem.passes for kernel in launches[name])
 
     def shared(self, cta: CTA) -> Shared:
-        p = cta.problem
         return Shared(
-            Q=cta.slot("Q", (self.BLOCK_M, p.head_dim)),
-            K=cta.slot("K", (self.BLOCK_N, p.head_dim)),
-            V=cta.slot("V", (self.BLOCK_N, p.head_dim_v)),
-            everybody=cta.sync("everybody", self.warpgroups(p)),
+            Q=cta.slot("Q", (self.BLOCK_M, cta.head_dim)),
+            K=cta.slot("K", (self.BLOCK_N, cta.head_dim)),
+            V=cta.slot("V", (self.BLOCK_N, cta.head_dim_v)),
+            everybody=cta.sync("everybody", self.warpgroups(cta.problem)),
         )
 
     def registers(self, regs: Registers) -> Fragments:
@@ -117,7 +142,7 @@ class FA2(Schedule):
         return Fragments(
             S=S,
             P=regs.tile("P", (rows, self.BLOCK_N), regs.problem.dtype, over=S),
-            O=regs.tile("O", (rows, regs.problem.head_dim_v)),
+            O=regs.tile("O", (rows, regs.head_dim_v)),
             stats=Statistics.declare(regs, rows),
         )
 

@@ -76,7 +76,7 @@ class FA3(Schedule):
     P_in_shared: bool = switch(None, "P goes to the PV product through shared memory, not registers")
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
-        d, masked = max(problem.head_dim, problem.head_dim_v), problem.mask != "full"
+        d, masked = max(problem.head_dim, problem.head_dim_v), problem.mask_rule.kind != "full"
         rows, keys, in_shared = tile_size(d, masked, self.build)
         consumers = (self.BLOCK_M or rows) // 64
         return {
@@ -104,7 +104,7 @@ class FA3(Schedule):
         return lines
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
-        masked, consumers = problem.mask != "full", self.BLOCK_M // 64
+        masked, consumers = problem.mask_rule.kind != "full", self.BLOCK_M // 64
         q_tiles = -(-problem.seqlen_q // self.BLOCK_M)
         multicast = not masked and problem.head_dim >= 128 and (self.build == "2024-07" or q_tiles % 2 == 0)
         # Registers of (consumers, producer) by the number of consumers, as the code sets them with setmaxnreg.

@@ -12,8 +12,11 @@ from typing import Any
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, start
+from flashsim.schedules.tensors import Tensor
 from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Warpgroup
 
+WORKSPACE = {"S": Tensor("queries", "keys"), "P": Tensor("queries", "keys")}
+"""S before the softmax, P after it."""
 ROW_ELEMENTS = 16384
 """Scores that a CTA of the softmax kernel holds in its registers, 128 in each thread, unless one row has more."""
 MASK_ROWS, MASK_COLUMNS = 16, 1024
@@ -64,11 +67,6 @@ class Standard(Schedule):
             if value not in (64, 128)
         ]
 
-    def workspace_byte(self, problem: AttentionProblem) -> int:
-        """S and P."""
-        p = problem
-        return 2 * p.batch * p.heads_q * p.seqlen_q * p.seqlen_k * p.element_bytes
-
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
         width = -(-problem.seqlen_k // 128) * 128
         height = max(1, min(64, ROW_ELEMENTS // width))
@@ -78,7 +76,7 @@ class Standard(Schedule):
         output = self._kernel(
             "output", Role("warps", self.output, registers=self.output_registers), self.output_operands
         )
-        return (scores, mask, softmax, output) if problem.mask != "full" else (scores, softmax, output)
+        return (scores, mask, softmax, output) if problem.mask_rule.kind != "full" else (scores, softmax, output)
 
     def _kernel(
         self, name: str, role: Role, shared: Any, BLOCK_M: int = 0, BLOCK_N: int = 0, scaled_scores: bool = False
@@ -93,10 +91,11 @@ class Standard(Schedule):
             BLOCK_N=BLOCK_N or self.BLOCK_N,
             mma="wgmma" if self.mma == "wgmma" else "mma.sync",
             copy="tma" if self.mma == "wgmma" else "cp.async",
-            dense=True,
+            walk="all",
             masks=shared is None,
             scaled_scores=scaled_scores,
             library=True,
+            workspace=WORKSPACE,
         )
 
     # S = scale Q K^T

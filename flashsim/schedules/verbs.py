@@ -20,7 +20,9 @@ from flashsim.problem import AttentionProblem
 Program = Generator[Any, None, None]
 """What a role runs: a generator that yields what it waits for."""
 
-MapOp = Literal["mask", "scale", "exp", "rescale_factor", "copy", "fill", "mul", "div", "lse"]
+MapOp = Literal[
+    "mask", "dropout", "scale", "exp", "exp_lse", "rescale_factor", "copy", "fill", "add", "sub", "mul", "div", "lse"
+]
 ReduceOp = Literal["max", "sum"]
 
 
@@ -37,6 +39,9 @@ class Operand(Protocol):
 
     def rows(self, start: int, count: int) -> Operand:
         """Rows [start, start + count) of this tile."""
+
+    def columns(self, start: int, count: int) -> Operand:
+        """Columns [start, start + count) of this tile."""
 
 
 class Awaitable(Protocol):
@@ -77,10 +82,11 @@ class Turn(Protocol):
 
 
 class WorkTile(Protocol):
-    """One piece of the grid: a block of queries of one head, with the KV tiles that it visits.
+    """One piece of the grid: a block of queries of one head with the KV tiles that it visits, or a block of keys with
+    its Q tiles, as the kernel's `Grid.over` says.
 
-    KV tiles are numbered by a count `j` that runs on over all work tiles of a CTA, as ring positions do: this tile's
-    are `first` to `last`, walked from the last block of keys to the first.
+    The tiles of the inner loop are numbered by a count `j` that runs on over all work tiles of a CTA, as ring positions
+    do: this work tile's are `first` to `last`, walked from the last block to the first.
     """
 
     index: int
@@ -89,19 +95,14 @@ class WorkTile(Protocol):
     last: int
     count: int
     """Number of KV tiles; 0 where the mask hides all keys from all its queries."""
-    Q: Operand
-    O: Operand  # noqa: E741 - the paper's name
-    LSE: Operand
 
-    def K(self, j: int) -> Operand: ...  # noqa: N802
-    def V(self, j: int) -> Operand: ...  # noqa: N802
-    def S(self, j: int) -> Operand:  # noqa: N802
-        """The tile of the score matrix, for schedules that keep it in HBM; P(j) the same of its softmax."""
-
-    def P(self, j: int) -> Operand: ...  # noqa: N802
+    def __getattr__(self, name: str) -> Any:
+        """A tensor of `schedules.tensors`, or of the kernel's workspace: the part that belongs to this work tile, as an
+        operand. What the work tile does not fix is an argument: `tile.Q`, `tile.K(j)` of a block of queries, `tile.K`,
+        `tile.Q(i)` of a block of keys."""
 
     def partial(self, j: int) -> bool:
-        """True if the mask, or the end of the keys, hides part of KV tile j from this tile's queries."""
+        """True if the mask, or the end of the keys, hides some of the scores of tile j."""
 
 
 class Warpgroup(Protocol):
@@ -117,6 +118,9 @@ class Warpgroup(Protocol):
     def kv_tiles(self, tile: WorkTile, start: int = 0) -> Iterator[int]:
         """The running numbers of the tile's KV tiles, without the first `start`. The machine owns this iterator."""
 
+    def q_tiles(self, tile: WorkTile, start: int = 0) -> Iterator[int]:
+        """The same of a block of keys, which visits Q tiles."""
+
     def load(self, source: Operand, into: Operand) -> Awaitable:
         """Copy from HBM to shared memory, by TMA or cp.async, or to registers. A ring's slot is full when it
         has landed."""
@@ -124,12 +128,20 @@ class Warpgroup(Protocol):
     def store(self, source: Operand, into: Operand) -> Awaitable:
         """Copy from shared memory (by TMA) or registers to HBM."""
 
+    def atomic_add(self, source: Operand, into: Operand) -> Awaitable:
+        """Add a tile to one in HBM, from registers (RED) or from shared memory (by TMA). Additions may come in any
+        order."""
+
     def gemm(self, a: Operand, b: Operand, into: Operand, accumulate: bool = False) -> Awaitable:
         """into = a b, or into += a b."""
 
     def map(self, op: MapOp, *operands: Any, into: Operand) -> Awaitable:
-        """Elementwise. `mask` takes scores, a work tile, the number of a KV tile, and the first of the work tile's rows
-        that the scores are of: without it, those that follow the rows of the warpgroups before this one."""
+        """Elementwise: `exp` is exp(scale (x - y)), `exp_lse` exp(scale x - y), with the softmax scale.
+
+        `mask` and `dropout` take scores, a work tile, the number of a tile of its inner loop, and the row and the
+        column of that tile at which the scores begin: without them, below those of the warpgroups before this one.
+        `dropout` multiplies by 1 / (1 - p) or by 0, which of them depends on the problem and the place alone.
+        """
 
     def reduce(self, op: ReduceOp, tile: Operand, into: Operand) -> Awaitable:
         """Along rows, accumulating: into = op(into, op over each row of tile)."""
@@ -142,6 +154,10 @@ class CTA(Protocol):
     """Where a schedule declares what the warpgroups of one CTA share."""
 
     problem: AttentionProblem
+    head_dim: int
+    """Columns of the tiles of Q and K: the problem's head dim, padded as the kernel says."""
+    head_dim_v: int
+    """The same of V and O."""
 
     def ring(self, name: str, shape: tuple[int, int], stages: int, consumers: int, dtype: str | None = None) -> Ring:
         """`stages` slots of `shape`; each item is released by `consumers` warpgroups. dtype defaults to the
@@ -163,10 +179,23 @@ class Registers(Protocol):
     problem: AttentionProblem
     kernel: Any
     """The `schedules.base.Kernel` that is declared."""
+    head_dim: int
+    head_dim_v: int
     index: int
 
-    def tile(self, name: str, shape: tuple[int, int], dtype: str = "fp32", over: Operand | None = None) -> Operand:
-        """A tile spread over the warpgroup's registers; `over` names a tile that is dead when this one is alive."""
+    def tile(
+        self,
+        name: str,
+        shape: tuple[int, int],
+        dtype: str = "fp32",
+        over: Operand | None = None,
+        warps: tuple[int, int] | None = None,
+    ) -> Operand:
+        """A tile spread over the warpgroup's registers; `over` names a tile that is dead when this one is alive.
+
+        `warps` along rows and along columns share it: an mma.sync product reads the rows of its left operand, and the
+        columns of its right one, once for each. By default each warp has its own rows.
+        """
 
     def rows(self, name: str, count: int) -> Operand:
         """One fp32 value per row."""

@@ -9,6 +9,7 @@ import numpy as np
 from flashsim.errors import InputError, unknown
 from flashsim.masks import parse_mask
 from flashsim.numerics.layout import Float, check_inputs
+from flashsim.numerics.philox import SEED, dropout_problems
 from flashsim.numerics.rounding import round_to
 from flashsim.problem import DTYPES
 from flashsim.testing.arrays import dtype_of, to_float64
@@ -24,6 +25,14 @@ class Arguments(NamedTuple):
     do: Float
     dtype: str
     mask: str
+    dropout: float
+    dropout_seed: int
+
+    @property
+    def described(self) -> str:
+        """What messages say of the arguments beside shapes."""
+        dropout = f", dropout {self.dropout:g}, dropout_seed {self.dropout_seed}" if self.dropout else ""
+        return f"{self.dtype}, mask {self.mask}{dropout}"
 
 
 def of_case(case: AttentionCase, **given: Any) -> Arguments:
@@ -31,15 +40,22 @@ def of_case(case: AttentionCase, **given: Any) -> Arguments:
     twice = [f"{name}: comes with the case, and cannot be given" for name, x in given.items() if x is not None]
     if twice:
         raise InputError(twice)
-    return Arguments(*case.qkv, case.do, case.dtype, case.mask)
+    return Arguments(*case.qkv, case.do, case.dtype, case.mask, case.dropout, case.dropout_seed)
 
 
 def check_arguments(
-    arrays: dict[str, Any], result: Any, dtype: str | None, mask: str | None, scale: float | None
+    arrays: dict[str, Any],
+    result: Any,
+    dtype: str | None,
+    mask: str | None,
+    scale: float | None,
+    dropout: float | None,
+    dropout_seed: int | None,
 ) -> Arguments:
     """`arrays` has q, k, v and perhaps do. Raises InputError with all that is wrong."""
     dtype = _dtype(arrays, result) if dtype is None else dtype
     mask = "full" if mask is None else mask
+    dropout, dropout_seed = 0.0 if dropout is None else dropout, SEED if dropout_seed is None else dropout_seed
     problems: list[str] = []
     if dtype not in DTYPES:
         problems.append(f"dtype: {unknown('dtype', dtype, DTYPES)}")
@@ -47,6 +63,7 @@ def check_arguments(
         parse_mask(mask)
     except InputError as error:
         problems += error.problems
+    problems += dropout_problems(dropout, dropout_seed)
     read: dict[str, Float] = {}
     for name, x in arrays.items():
         try:
@@ -59,7 +76,8 @@ def check_arguments(
         problems += _misshapen(read, scale)
     if problems:
         raise InputError(problems)
-    return Arguments(read["q"], read["k"], read["v"], read.get("do", np.zeros(0)), dtype, mask)
+    do = read.get("do", np.zeros(0))
+    return Arguments(read["q"], read["k"], read["v"], do, dtype, mask, float(dropout), int(dropout_seed))
 
 
 def _dtype(arrays: dict[str, Any], result: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any, TypedDict, overload
 
 from flashsim.numerics.bounds import rounding_bounds
 from flashsim.numerics.compare import Comparison, compare_gradients, forward_clauses
@@ -18,6 +18,13 @@ from flashsim.testing.explain import Computed, explain
 ROWS = ("batch", "row", "head", "column")
 KEYS = ("batch", "key", "head", "column")
 LSE_AXES = ("batch", "head", "row")
+
+
+class Dropout(TypedDict):
+    """Keyword arguments of everything that a result is held against."""
+
+    dropout: float
+    dropout_seed: int
 
 
 @overload
@@ -35,6 +42,8 @@ def assert_attention_close(
     dtype: str | None = None,
     mask: str | None = None,
     scale: float | None = None,
+    dropout: float | None = None,
+    dropout_seed: int | None = None,
 ) -> None: ...
 
 
@@ -48,6 +57,8 @@ def assert_attention_close(
     dtype: str | None = None,
     mask: str | None = None,
     scale: float | None = None,
+    dropout: float | None = None,
+    dropout_seed: int | None = None,
 ) -> None:
     """Raise AssertionError unless `o` is softmax(scale * Q K^T) V, as exact as unfused attention in the same dtype.
 
@@ -58,28 +69,33 @@ def assert_attention_close(
     the worst element, or the first NaN, is.
 
     Arrays are NumPy's, jax's, torch tensors on any device, or anything else that `numpy.asarray` reads. Instead of
-    q, k, v an `AttentionCase` can be given, which also has dtype and mask. q, k, v hold what the kernel read: a kernel
-    that overwrites them defeats the comparison, a case is safe from that. `dtype` is fp16 or bf16, by default that of
-    q, k, v, or of o where theirs is wider; `mask` is full (the default) or causal, aligned at the bottom right; a row
-    that sees no key is 0 and its LSE -inf; `scale` defaults to 1 / sqrt(D).
+    q, k, v an `AttentionCase` can be given, which also has dtype, mask and dropout. q, k, v hold what the kernel read:
+    a kernel that overwrites them defeats the comparison, a case is safe from that. `dtype` is fp16 or bf16, by default
+    that of q, k, v, or of o where theirs is wider; `mask` is full (the default) or causal, aligned at the bottom right;
+    a row that sees no key is 0 and its LSE -inf; `scale` defaults to 1 / sqrt(D).
 
-    Raises InputError, one line per mistake, for q, k, v, dtype, mask and scale that do not fit, that are not finite,
-    or that the dtype cannot hold. A result of another shape is an AssertionError.
+    With `dropout` (a case's, or 0), O = (P * keep / (1 - dropout)) V with the bits of `numerics.philox.keep` for
+    `dropout_seed` (`case.dropout_seed`, or `philox.SEED`); the LSE sums all keys, kept or not. Bits of another
+    generator, or of other rows, keys or heads, make another result.
+
+    Raises InputError, one line per mistake, for arguments that do not fit, that are not finite, or that the dtype
+    cannot hold. A result of another shape is an AssertionError.
     """
     __tracebackhide__ = True
     if isinstance(q, AttentionCase):
-        x = of_case(q, k=k, v=v, dtype=dtype, mask=mask)
+        x = of_case(q, k=k, v=v, dtype=dtype, mask=mask, dropout=dropout, dropout_seed=dropout_seed)
     else:
-        x = check_arguments({"q": q, "k": k, "v": v}, o, dtype, mask, scale)
-    o_ref, lse_ref = attention_reference(x.q, x.k, x.v, x.mask, scale)
+        x = check_arguments({"q": q, "k": k, "v": v}, o, dtype, mask, scale, dropout, dropout_seed)
+    drop: Dropout = {"dropout": x.dropout, "dropout_seed": x.dropout_seed}
+    o_ref, lse_ref = attention_reference(x.q, x.k, x.v, x.mask, scale, **drop)
     mine = check_result("o", o, o_ref.shape, BSHD)
     mine_lse = lse_ref if lse is None else check_result("lse", lse, lse_ref.shape, BHS)
-    eager = eager_attention(x.q, x.k, x.v, x.dtype, x.mask, scale)
-    bounds = rounding_bounds(x.q, x.k, x.v, x.dtype, x.mask, scale)
+    eager = eager_attention(x.q, x.k, x.v, x.dtype, x.mask, scale, **drop)
+    bounds = rounding_bounds(x.q, x.k, x.v, x.dtype, x.mask, scale, **drop)
     comparison = Comparison(forward_clauses(mine, mine_lse, o_ref, lse_ref, eager, bounds))
     if not comparison.accepted:
         tensors = {"O": Computed(mine, o_ref, ROWS), "LSE": Computed(mine_lse, lse_ref, LSE_AXES)}
-        what = f"the result is not attention ({x.dtype}, mask {x.mask}, o {mine.shape})"
+        what = f"the result is not attention ({x.described}, o {mine.shape})"
         raise AssertionError(f"{what}\n{explain(comparison.broken, tensors)}")
 
 
@@ -98,6 +114,8 @@ def assert_gradients_close(
     dtype: str | None = None,
     mask: str | None = None,
     scale: float | None = None,
+    dropout: float | None = None,
+    dropout_seed: int | None = None,
 ) -> None: ...
 
 
@@ -111,19 +129,22 @@ def assert_gradients_close(
     dtype: str | None = None,
     mask: str | None = None,
     scale: float | None = None,
+    dropout: float | None = None,
+    dropout_seed: int | None = None,
 ) -> None:
     """Raise AssertionError unless dq, dk, dv are the gradients of sum(O * dO), as exact as unfused attention's.
 
     The rule is `numerics.compare.compare_gradients`: that for O, with 3 times the largest error of unfused attention's
     backward pass in the same dtype, for each gradient. A case brings its own dO, `case.do`. The rest is as in
-    `assert_attention_close`.
+    `assert_attention_close`; with dropout, O in sum(O * dO) is that of the same bits.
     """
     __tracebackhide__ = True
     if isinstance(q, AttentionCase):
-        x = of_case(q, k=k, v=v, do=do, dtype=dtype, mask=mask)
+        x = of_case(q, k=k, v=v, do=do, dtype=dtype, mask=mask, dropout=dropout, dropout_seed=dropout_seed)
     else:
-        x = check_arguments({"q": q, "k": k, "v": v, "do": do}, None, dtype, mask, scale)
-    reference = attention_gradients_reference(x.q, x.k, x.v, x.do, x.mask, scale)
+        x = check_arguments({"q": q, "k": k, "v": v, "do": do}, None, dtype, mask, scale, dropout, dropout_seed)
+    drop: Dropout = {"dropout": x.dropout, "dropout_seed": x.dropout_seed}
+    reference = attention_gradients_reference(x.q, x.k, x.v, x.do, x.mask, scale, **drop)
     if not isinstance(gradients, Sequence) or len(gradients) != len(reference):
         got = f"{len(gradients)} of them" if isinstance(gradients, Sequence) else type(gradients).__name__
         raise AssertionError(f"gradients must be dq, dk and dv, got {got}")
@@ -131,13 +152,13 @@ def assert_gradients_close(
     mine = Gradients(
         *(check_result(*it, BSHD) for it in zip(names, gradients, (g.shape for g in reference), strict=True))
     )
-    eager = eager_gradients(x.q, x.k, x.v, x.do, x.dtype, x.mask, scale)
-    bounds = gradient_bounds(x.q, x.k, x.v, x.do, x.dtype, x.mask, scale)
+    eager = eager_gradients(x.q, x.k, x.v, x.do, x.dtype, x.mask, scale, **drop)
+    bounds = gradient_bounds(x.q, x.k, x.v, x.do, x.dtype, x.mask, scale, **drop)
     comparison = compare_gradients(mine, reference, eager, bounds)
     if not comparison.accepted:
         tensors = {
             name: Computed(given, right, axes)
             for name, given, right, axes in zip(names, mine, reference, (ROWS, KEYS, KEYS), strict=True)
         }
-        what = f"these are not the gradients of attention ({x.dtype}, mask {x.mask}, dq {mine.dq.shape})"
+        what = f"these are not the gradients of attention ({x.described}, dq {mine.dq.shape})"
         raise AssertionError(f"{what}\n{explain(comparison.broken, tensors)}")

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from flashsim.errors import InputError, unknown
 from flashsim.numerics.layout import Float
+from flashsim.numerics.philox import SEED, keep
 from flashsim.numerics.rounding import round_to
 from flashsim.problem import AttentionProblem
 from flashsim.testing.layouts import Layout, with_layout
@@ -30,7 +31,7 @@ MAX_SEED = 2**16 - 1
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """Attention to compute: sizes, mask and dtype of `problem`, and tensors that follow from `kind` and `seed`.
+    """Attention to compute: sizes, mask, dtype and dropout of `problem`, tensors that follow from `kind` and `seed`.
 
     The tensors are made when they are first used, so that drawing and printing a case cost nothing, and its repr makes
     it again. `shared_kv`: K and V of the first batch are those of all. Raises InputError for an unknown kind.
@@ -84,6 +85,23 @@ class AttentionCase:
     def causal(self) -> bool:
         """Whether the mask is causal, aligned at the bottom right; if not, every query sees every key."""
         return self.problem.mask == "causal"
+
+    @property
+    def dropout(self) -> float:
+        """The probability with which an element of P is dropped."""
+        return self.problem.dropout
+
+    @property
+    def dropout_seed(self) -> int:
+        """What `numerics.philox.keep` takes: another one for each `seed`, below 2**63, as signed arguments hold."""
+        return (SEED + self.seed) % 2**63
+
+    def keep(self) -> NDArray[np.bool_]:
+        """(B, Hq, Sq, Sk): the elements of P that are kept, whether the mask allows them or not."""
+        p = self.problem
+        rows, cols, heads = np.arange(p.seqlen_q), np.arange(p.seqlen_k), np.ndindex(p.batch, p.heads_q)
+        kept = [keep(rows, cols, b, h, p.dropout, self.dropout_seed) for b, h in heads]
+        return np.reshape(kept, (p.batch, p.heads_q, p.seqlen_q, p.seqlen_k))
 
     @property
     def dtype(self) -> str:

@@ -20,13 +20,18 @@ def mask_text(kind: str, numbers: Sequence[int], batch: int, seqlen_q: int, seql
     """
     a, b, c = numbers
     keys = seqlen_k + 1
+    both = min(seqlen_q, seqlen_k)
+    entries = [numbers[entry % NUMBERS] for entry in range(batch)]
+    varlen = ",".join(str(both - number % (both + 1)) for number in entries)
     texts = {
         "window": f"window:{a % keys},{b % keys}",
         "prefix": f"prefix:{a % keys}",
         "chunked": f"chunked:{1 + a % seqlen_k}",
         "global": f"global:{a % min(keys, 64)}+window:{b % keys},{c % keys}",
         "butterfly": f"butterfly:{1 + a % seqlen_k}",
-        "padding": "padding:" + ",".join(str(seqlen_k - number % keys) for number in (a, b, c)[:batch]),
+        "padding": "padding:" + ",".join(str(seqlen_k - number % keys) for number in entries),
+        "varlen": f"varlen:{varlen}",
+        "varlen-causal": f"varlen-causal:{varlen}",
     }
     if kind == "documents":
         cuts = sorted({0, seqlen_k, *(number % seqlen_k for number in numbers)})

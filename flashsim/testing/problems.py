@@ -39,6 +39,7 @@ class ProblemOptions(TypedDict, total=False):
     same_seqlen: bool
     blind_rows: bool
     max_flops: float
+    dropout: Sequence[float]
 
 
 def attention_problems(
@@ -53,6 +54,7 @@ def attention_problems(
     same_seqlen: bool = False,
     blind_rows: bool = True,
     max_flops: float = 2e7,
+    dropout: Sequence[float] = (0.0,),
 ) -> st.SearchStrategy[AttentionProblem]:
     """Problems of 1 or 2 batches and 1 to 4 query heads; they shrink to one query and one key.
 
@@ -66,10 +68,11 @@ def attention_problems(
     same_seqlen: seqlen_q == seqlen_k only.
     blind_rows: whether causal problems may have seqlen_q > seqlen_k, whose first rows see no key.
     max_flops: no problem has more than this many FLOPs.
+    dropout: probabilities with which elements of P are dropped, for kernels with the bits of `numerics.philox.keep`.
 
     Raises InputError with one line per argument that does not fit.
     """
-    _check(tile, max_tiles, head_dims, masks, dtypes, max_flops)
+    _check(tile, max_tiles, head_dims, masks, dtypes, max_flops, dropout)
     blocks = (TILES, TILES) if tile is None else ((tile[0],), (tile[1],))
     most_q, most_k = (FEW, FEW) if tile is None else max_tiles
     return _problems(
@@ -82,6 +85,7 @@ def attention_problems(
         same_head_dim,
         blind_rows,
         max_flops,
+        list(dropout),
     )
 
 
@@ -106,6 +110,7 @@ def _problems(
     same_head_dim: bool,
     blind_rows: bool,
     max_flops: float,
+    dropout: list[float],
 ) -> AttentionProblem:
     # Every problem takes the same number of choices, whether it uses them or not: Hypothesis shrinks to the fewest
     # choices first, and to the smallest ones only among these.
@@ -140,6 +145,7 @@ def _problems(
         numbers = [draw(st.integers(0, LARGEST)) for n in range(NUMBERS)]
         if mask in KINDS_WITH_NUMBERS:
             mask = mask_text(mask, numbers, batch, seqlen_q, seqlen_k)
+    dropped = draw(_choice("dropout", dropout)) if len(dropout) > 1 else dropout[0]
     return AttentionProblem(
         batch=batch,
         heads_q=heads_kv * group,
@@ -150,6 +156,7 @@ def _problems(
         head_dim_v=head_dim_v,
         mask=mask,
         dtype=dtype,
+        dropout=dropped,
     )
 
 
@@ -177,20 +184,27 @@ def _check(
     masks: Sequence[str],
     dtypes: Sequence[str],
     max_flops: float,
+    dropout: Sequence[float],
 ) -> None:
     problems: list[str] = []
     for name, pair in (("tile", (1, 1) if tile is None else tile), ("max_tiles", max_tiles)):
         numbers = pair if isinstance(pair, tuple | list) else ()
         if len(numbers) != 2 or not all(isinstance(n, int) and n >= 1 for n in numbers):
             problems.append(f"{name}: got {pair!r}, must be two whole numbers from 1")
-    for name, values in (("head_dims", head_dims), ("masks", masks), ("dtypes", dtypes)):
-        if isinstance(values, str) or not values:
+    lists: tuple[tuple[str, str, Any], ...] = (
+        ("head_dims", "head_dim", head_dims),
+        ("masks", "mask", masks),
+        ("dtypes", "dtype", dtypes),
+        ("dropout", "dropout", dropout),
+    )
+    for name, field, values in lists:
+        if isinstance(values, str | int | float) or not values:
             problems.append(f"{name}: got {values!r}, must name at least one, in a list or tuple")
             continue
         for value in values:
             if name == "masks" and value in KINDS_WITH_NUMBERS:
                 continue
-            fields: dict[str, Any] = {"batch": 1, "heads_q": 1, "seqlen_q": 1, "head_dim": 1, name[:-1]: value}
+            fields: dict[str, Any] = {"batch": 1, "heads_q": 1, "seqlen_q": 1, "head_dim": 1, field: value}
             try:
                 AttentionProblem(**fields)
             except InputError as error:

@@ -35,11 +35,14 @@ class Party:
     def write(self, memory: Memory, rows: tuple[int, int] = WHOLE) -> None:
         memory.write(self._access("write", rows), self.timeline.clock)
 
+    def add(self, memory: Memory, rows: tuple[int, int] = WHOLE) -> None:
+        memory.add(self._access("add", rows), self.timeline.clock)
+
     def hears(self, clock: Clock) -> None:
         join(self.timeline.clock, clock)
 
     def _access(self, what: str, rows: tuple[int, int]) -> Access:
-        return Access(self.timeline, self.timeline.step(), rows, what, 0)
+        return Access(self.timeline, self.timeline.step(), (rows,), what, 0)
 
 
 def parties() -> tuple[Party, Party, Party]:
@@ -65,7 +68,7 @@ def test_a_timeline_knows_its_own_operations() -> None:
 def test_two_timelines_of_one_name_are_two() -> None:
     a, b = Timeline("consumer 0"), Timeline("consumer 0")
     a.step()
-    assert not Access(b, 1, WHOLE, "read", 0).before(a.clock)
+    assert not Access(b, 1, (WHOLE,), "read", 0).before(a.clock)
 
 
 # Races.
@@ -74,8 +77,8 @@ def test_two_timelines_of_one_name_are_two() -> None:
 def test_two_writes_that_nothing_orders_are_a_race_and_both_are_named() -> None:
     a, b, _ = parties()
     memory = Memory("V[1]")
-    memory.write(Access(a.timeline, a.timeline.step(), WHOLE, "load(V)", 120), a.knows)
-    later = Access(b.timeline, b.timeline.step(), WHOLE, "store(O)", 450)
+    memory.write(Access(a.timeline, a.timeline.step(), (WHOLE,), "load(V)", 120), a.knows)
+    later = Access(b.timeline, b.timeline.step(), (WHOLE,), "store(O)", 450)
     with pytest.raises(Race) as race:
         memory.write(later, b.knows)
     assert str(race.value) == (
@@ -225,6 +228,64 @@ def test_a_covering_write_takes_the_place_of_what_it_covers() -> None:
         b.read(memory)
         a.hears(b.knows)
     assert (len(memory.writes), len(memory.reads)) == (2, 1)
+
+
+def test_parts_that_differ_along_one_axis_do_not_race() -> None:
+    a, b, _ = (party.timeline for party in parties())
+    memory = Memory("S")
+    left, right, both = ((0, 64), (0, 32)), ((0, 64), (32, 64)), ((63, 65), (31, 33))
+    memory.write(Access(a, a.step(), left, "write", 0), a.clock)
+    memory.write(Access(b, b.step(), right, "write", 0), b.clock)
+    with pytest.raises(Race):
+        memory.read(Access(b, b.step(), both, "read", 0), b.clock)
+
+
+# Atomic additions.
+
+
+def test_additions_do_not_race_with_each_other_but_their_order_matters() -> None:
+    a, b, c = parties()
+    memory = Memory("dQ")
+    a.add(memory)
+    b.hears(a.knows)
+    b.add(memory)
+    assert not memory.order_matters
+    c.add(memory, (63, 65))
+    assert memory.order_matters
+
+
+def test_additions_to_different_rows_have_no_order() -> None:
+    a, b, _ = parties()
+    memory = Memory("dQ")
+    a.add(memory, (0, 64))
+    b.add(memory, (64, 128))
+    assert not memory.order_matters
+
+
+@pytest.mark.parametrize("other", ["read", "write"])
+def test_an_addition_races_with_whatever_is_no_addition(other: str) -> None:
+    for first, second in (("add", other), (other, "add")):
+        a, b, _ = parties()
+        memory = Memory("dQ")
+        getattr(a, first)(memory)
+        with pytest.raises(Race):
+            getattr(b, second)(memory)
+        b.hears(a.knows)
+        getattr(b, second)(memory)
+
+
+def test_an_addition_that_was_ordered_after_others_does_not_hide_them() -> None:
+    """b adds after a, and c knows of b before it added: what c has not heard of is both."""
+    a, b, c = parties()
+    memory = Memory("dQ")
+    a.add(memory)
+    c.hears(b.knows)
+    b.add(memory)
+    with pytest.raises(Race, match="nothing orders add by a"):
+        c.read(memory)
+    c.hears(a.knows)
+    with pytest.raises(Race, match="nothing orders add by b"):
+        c.read(memory)
 
 
 # Aliases.
@@ -379,6 +440,6 @@ def test_a_race_is_reported_exactly_where_no_path_orders_two_conflicting_accesse
             race = graph.races(node, memory, touched, write, aliases[memory])
             note = memories[memory].write if write else memories[memory].read
             with pytest.raises(Race) if race else nullcontext():
-                note(Access(queue, number, touched, what, sim.now), known)
+                note(Access(queue, number, (touched,), what, sim.now), known)
             if queue is not timeline:
                 posted.append(Posted(node, known))

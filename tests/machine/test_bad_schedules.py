@@ -44,7 +44,7 @@ def line_in(path: Path, piece: str) -> str:
         ("yield 42", "warps yields 42, which cannot be waited for"),
         ("raise KeyError(tile)", "warps: KeyError"),
         ("while True: yield q", "warps loops without time going on"),
-        ("wg.gemm(s.Q, s.K, into=r.S)", "gemm of (128, 16) and (128, 16) into (128, 128): shapes do not fit"),
+        ("wg.gemm(s.Q, s.K, into=r.S)", "gemm of (128, 32) and (128, 32) into (128, 128): shapes do not fit"),
         ("while True: wg.store(r.O, into=tile.O)", "issues 100001 operations and waits for none"),
         ('while True: wg.map("fill", 0.0, into=r.S)', "issues 100001 operations and waits for none"),
         ("raise SystemExit(0)", "warps: SystemExit: 0"),
@@ -61,15 +61,15 @@ def line_in(path: Path, piece: str) -> str:
         ('wg.map("mask", r.S, into=r.S)', "map(mask) takes scores, a work tile and the number of a KV tile, got ()"),
         ('wg.reduce("min", r.S, into=r.stats.m)', "unknown operation of reduce 'min' (allowed: max, sum)"),
         ('wg.reduce("max", r.S, into=r.S)', "reduce(max) of (128, 128) into (128, 128): shapes do not fit"),
-        ("wg.convert(r.O, into=r.S)", "convert of (128, 16) into (128, 128): shapes do not fit"),
-        ("wg.load(tile.Q.rows(0, 32), into=s.Q)", "load of (32, 16) into (128, 16): shapes do not fit"),
+        ("wg.convert(r.O, into=r.S)", "convert of (128, 32) into (128, 128): shapes do not fit"),
+        ("wg.load(tile.Q.rows(0, 32), into=s.Q)", "load of (32, 32) into (128, 32): shapes do not fit"),
         ("wg.load(s.Q, into=tile.Q)", "load goes from HBM to the SM, got Q into Q(batch 0, head 0, rows 0 to 127)"),
-        ("wg.store(r.O, into=tile.O.rows(0, 64))", "store of (128, 16) into (64, 16): shapes do not fit"),
+        ("wg.store(r.O, into=tile.O.rows(0, 64))", "store of (128, 32) into (64, 32): shapes do not fit"),
         ("s.Q.rows(96, 64)", "IndexError: rows 96 to 159 of a tile that has rows 0 to 127"),
         ("tile.Q.rows(-1, 64)", "IndexError: rows -1 to 62 of a tile that has rows 0 to 127"),
         ("wg.gemm(tile.Q, s.K.T, into=r.S)", "gemm takes tiles in shared memory and registers, got Q(batch 0"),
-        ("wg.gemm(s.Q, s.K.T, into=s.V)", "gemm of (128, 16) and (16, 128) into (128, 16): shapes do not fit"),
-        ("wg.gemm(r.S, s.V, into=r.O)", "gemm of fp32 and fp16: both must be of one 16-bit dtype"),
+        ("wg.gemm(s.Q, s.K.T, into=s.V)", "gemm of (128, 32) and (32, 128) into (128, 32): shapes do not fit"),
+        ("wg.gemm(r.S, s.V, into=r.O)", "gemm of fp32 and fp16: both must be of one dtype, of 16 bits or less"),
     ],
 )
 @pytest.mark.parametrize("functional", [True, False])
@@ -104,7 +104,9 @@ def test_a_loop_that_reaches_no_verb(body: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_barrier_at_which_nobody_arrives(tmp_path: Path) -> None:
-    path = edited(tmp_path, '"everybody", self.warpgroups(p)', '"everybody", self.warpgroups(p) + 1')
+    path = edited(
+        tmp_path, '"everybody", self.warpgroups(cta.problem)', '"everybody", self.warpgroups(cta.problem) + 1'
+    )
     found = message_of(path, kind=Deadlock)
     assert "warps waits for phase 0 of everybody (0 completed, 1 of 2 arrived)" in found
     assert f"at {line_in(path, '# everyone')}" in found
@@ -123,9 +125,9 @@ def test_a_program_that_never_yields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('everybody=cta.sync("everybody", self.warpgroups(p)),', "everybody=cta.sink(),"),
+        ('everybody=cta.sync("everybody", self.warpgroups(cta.problem)),', "everybody=cta.sink(),"),
         ('P=regs.tile("P", (rows, self.BLOCK_N), regs.problem.dtype, over=S),', "P=regs.tile(1 / 0),"),
-        ('        return {"BLOCK_M": rows, "BLOCK_N": keys}\n', '        return {"BLOCK_M": rows[0]}\n'),
+        ('        return {"BLOCK_M": rows, "BLOCK_N": keys, **backward}\n', '        return {"BLOCK_M": rows[0]}\n'),
     ],
     ids=["shared", "registers", "defaults"],
 )
@@ -138,7 +140,9 @@ def test_a_mistake_outside_of_the_program(old: str, new: str, tmp_path: Path) ->
 
 def test_a_mistake_is_named_by_a_relative_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = edited(
-        tmp_path, '            everybody=cta.sync("everybody", self.warpgroups(p)),\n', "            everybody=1 / 0,\n"
+        tmp_path,
+        '            everybody=cta.sync("everybody", self.warpgroups(cta.problem)),\n',
+        "            everybody=1 / 0,\n",
     )
     monkeypatch.chdir(tmp_path)
     assert (
@@ -150,7 +154,7 @@ def test_a_mistake_is_named_by_a_relative_path_too(tmp_path: Path, monkeypatch: 
 def test_what_a_function_returns_is_no_kernel(tmp_path: Path) -> None:
     path = edited(tmp_path, "        return max(1, self.BLOCK_M // (64 if wide else 128))\n", "        return 1.5\n")
     assert "TypeError" in message_of(path)
-    path = edited(tmp_path, '        return {"BLOCK_M": rows, "BLOCK_N": keys}\n', "        return None\n")
+    path = edited(tmp_path, '        return {"BLOCK_M": rows, "BLOCK_N": keys, **backward}\n', "        return None\n")
     assert message_of(path).startswith("schedule fa2 does not run: AttributeError: ")
 
 
@@ -168,7 +172,7 @@ def test_only_who_issued_a_copy_can_wait_for_it(tmp_path: Path) -> None:
     ("old", "new"),
     [
         (
-            '            everybody=cta.sync("everybody", self.warpgroups(p)),\n',
+            '            everybody=cta.sync("everybody", self.warpgroups(cta.problem)),\n',
             "            everybody=[None for _ in iter(int, 1)],\n",
         ),
         ("            stats=Statistics.declare(regs, rows),\n", "            stats=[None for _ in iter(int, 1)],\n"),

@@ -19,9 +19,9 @@ def tile(rows: tuple[int, int], columns: tuple[int, int], head: int = 0) -> HbmT
 def touch(hbm: SharedHbm, party: str, where: HbmTile, write: bool) -> None:
     """An access by a party that knows of nobody else."""
     timeline = Timeline(party)
-    access = Access(timeline, timeline.step(), where.row_span, "store" if write else "load", 0)
-    for memory in hbm.of(where):
-        (memory.write if write else memory.read)(access, timeline.clock)
+    access = Access(timeline, timeline.step(), where.part, "store" if write else "load", 0)
+    memory = hbm.of(where)
+    (memory.write if write else memory.read)(access, timeline.clock)
 
 
 FIRST = tile((0, 16), (0, 32))
@@ -50,7 +50,7 @@ def test_two_stores(second: HbmTile, collides: bool) -> None:
         touch(hbm, "b", second, write=True)
 
 
-def test_columns_that_were_touched_in_parts_before_are_not_forgotten() -> None:
+def test_wide_tiles_meet_narrow_ones() -> None:
     """The store of a wide tile, after narrow ones; and a narrow one, after that."""
     hbm = SharedHbm()
     touch(hbm, "a", tile((0, 16), (0, 8)), write=False)

@@ -81,3 +81,18 @@ def test_small_probabilities_survive_in_fp8() -> None:
     assert not compare_fp8(flushed, reference[1], *reference, twin, bounds).accepted
     unscaled = fp8_bounds(q, k, v, "bf16", p_scale=1.0)
     assert compare_fp8(flushed, reference[1], *reference, flushed, unscaled).accepted
+
+
+def test_quantization_per_tensor() -> None:
+    """One scale for all sequences, heads and rows; the codes are those of the whole tensor as a single block."""
+    x = np.random.default_rng(1).standard_normal((2, 37, 3, 8))
+    x[1, 5, 2, 7] = -70
+    quantized = quantize(x, None)
+    assert quantized.scales.shape == (2, 1, 3)
+    assert (quantized.scales == round_to(70 / 448, "fp32")).all()
+    assert quantized.codes.min() == -448
+    one_block = quantize(x.reshape(1, -1, 1, 8), 10**6)
+    np.testing.assert_array_equal(quantized.codes, one_block.codes.reshape(x.shape))
+    np.testing.assert_array_equal(quantized.values, one_block.values.reshape(x.shape))
+    for empty in ((2, 0, 3, 8), (0, 5, 3, 8)):
+        assert quantize(np.zeros(empty), None).values.shape == empty

@@ -27,6 +27,8 @@ MASKS = {
     "blocks": "blocks:{folder}/blocks.txt",
     "butterfly": "butterfly:64",
     "padding": "padding:0,201",
+    "varlen": "varlen:0,201",
+    "varlen-causal": "varlen-causal:150,201",
 }
 SMALL = {"fa3": {"BLOCK_M": 64, "BLOCK_N": 32}, "fa2": {"BLOCK_M": 64, "BLOCK_N": 32}, "standard": {}}
 

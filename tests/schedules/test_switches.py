@@ -46,7 +46,9 @@ def test_the_switches_of_fa3() -> None:
 
 
 def test_the_switches_of_fa2() -> None:
-    assert [s.name for s in FA2.switches()] == ["BLOCK_M", "BLOCK_N"]
+    names = ["BLOCK_M", "BLOCK_N", "bwd_BLOCK_M", "bwd_BLOCK_N", "bwd_stages", "deterministic"]
+    assert [s.name for s in FA2.switches()] == names
+    assert all(s.help for s in FA2.switches())
 
 
 def test_a_schedule_is_called_like_its_class() -> None:
@@ -100,7 +102,7 @@ def test_an_unknown_switch_is_told_the_nearest() -> None:
 
 def test_a_switch_of_another_schedule_is_unknown() -> None:
     (line,) = refused(FA2, {"num_stages": 2})
-    assert line == "unknown switch of fa2 'num_stages' (allowed: BLOCK_M, BLOCK_N)"
+    assert line.startswith("unknown switch of fa2 'num_stages'")
 
 
 def test_all_mistakes_come_at_once() -> None:
@@ -190,7 +192,7 @@ def test_the_larger_head_dim_decides() -> None:
 @pytest.mark.parametrize(("architecture", "tile"), [("ampere", (128, 64)), ("ada", (128, 32)), ("hopper", (128, 64))])
 def test_what_fa2_decides_at_head_dim_128(architecture: str, tile: tuple[int, int]) -> None:
     chosen = FA2.configure(problem(), architecture, {}).options()
-    assert chosen == dict(zip(("BLOCK_M", "BLOCK_N"), tile, strict=True))
+    assert (chosen["BLOCK_M"], chosen["BLOCK_N"]) == tile
 
 
 def test_nothing_is_left_undecided() -> None:

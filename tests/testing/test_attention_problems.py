@@ -123,6 +123,7 @@ NARROWED: dict[str, tuple[dict[str, Any], Promise]] = {
     "head_dims": ({"head_dims": (8,)}, lambda p: p.head_dim == p.head_dim_v == 8),
     "masks": ({"masks": ["causal"]}, lambda p: p.mask == "causal"),
     "dtypes": ({"dtypes": ["bf16"]}, lambda p: p.dtype == "bf16"),
+    "dropout": ({"dropout": (0.1, 0.5)}, lambda p: p.dropout in (0.1, 0.5)),
     "tile": ({"tile": (16, 8), "max_tiles": (1, 1)}, lambda p: p.seqlen_q in (*range(18), 239)),
 }
 
