@@ -132,7 +132,7 @@ def test_simulate_for_people(capsys: pytest.CaptureFixture[str]) -> None:
 def test_functional_reports_errors(capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(capsys, "simulate", *simulate_options(), "--functional", "--json")
     assert run.code == 0
-    keys = {"max_abs_error", "mean_abs_error", "lse_max_abs_error", "accepted", "hazards"}
+    keys = {"max_abs_error", "mean_abs_error", "lse_max_abs_error", "accepted", "hazards", "gradient_max_abs_error"}
     assert set(run.json["functional"]) == keys
     assert run.json["functional"]["accepted"] is True
     assert 0 < run.json["functional"]["max_abs_error"] < 1e-9

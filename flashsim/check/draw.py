@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,12 @@ from flashsim.testing.problems import attention_problems
 GPUS = {"hopper": "h100-sxm5", "ampere": "a100-sxm4-80gb", "ada": "l4"}
 """One for each architecture."""
 SMS = (1, 1, 2, 3)
-TILES = {"BLOCK_M": (64, 128, 192, 256), "BLOCK_N": (16, 32, 48, 64, 80, 128)}
+TILES = {
+    "BLOCK_M": (16, 64, 128, 192, 256),
+    "BLOCK_N": (16, 32, 48, 64, 80, 128, 256),
+    "bwd_BLOCK_M": (64, 80, 128),
+    "bwd_BLOCK_N": (64, 80, 128),
+}
 """Tried, from the smallest; what the schedule refuses is left out."""
 ROUND, FAR_APART = 10, 2**32
 """Hypothesis draws ten examples, and from then on five variations of each: in rounds of ten, all are different."""
@@ -39,6 +45,7 @@ HEAD_DIMS, SHIPPED_HEAD_DIMS = (16, 32, 40, 64), (64, 96, 128, 192, 256)
 MAX_TILES, SHIPPED_MAX_TILES = (3, 6), (2, 3)
 MAX_FLOPS, SHIPPED_MAX_FLOPS = 2e7, 1e8
 """Of a problem: some milliseconds in float64."""
+DROPOUT = (0.0, 0.17)
 PLAIN = {"batch": 1, "heads_q": 1, "seqlen_q": 512, "head_dim": 64}
 
 
@@ -124,12 +131,16 @@ def _examples(draw: st.DrawFn, schedule: type[Schedule]) -> Example:
             masks=[kind for kind in schedule.masks if kind != "blocks"],
             dtypes=schedule.dtypes,
             max_flops=SHIPPED_MAX_FLOPS if shipped else MAX_FLOPS,
+            dropout=DROPOUT if schedule.dropout else DROPOUT[:1],
         )
     )
+    problem = replace(problem, direction=draw(st.sampled_from(schedule.directions)))
     device = load_device(gpu)
     try:
-        for kernel in configured(schedule, problem, device, options).kernels(problem):
-            fit(kernel, problem, device)
+        chosen = configured(schedule, problem, device, options)
+        for direction in schedule.directions:  # a backward pass computes the forward pass first
+            for kernel in chosen.kernels(replace(problem, direction=direction)):
+                fit(kernel, problem, device)
     except InputError:
         reject()
     except SimulationError:

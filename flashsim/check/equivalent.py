@@ -62,18 +62,31 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
         ("output", "yield wg.load(tile.V(j), into=s.right)", "earlier"): LOADS_SWAPPED,
     },
 }
-"""By built-in schedule: (function, statement, change)."""
+"""By file of a built-in schedule: (function, statement, change)."""
 
 
-def source_of(kind: type[Schedule]) -> str:
-    """The text of the file in which a schedule is defined."""
+def parts_of(schedule: type[Schedule]) -> tuple[type, ...]:
+    """The classes whose files make up a schedule: its own, and that of its backward pass if that is a neighbor."""
+    backward = getattr(schedule, "backward", None)
+    if not isinstance(backward, type) or backward.__module__ == schedule.__module__:
+        return (schedule,)
+    return (schedule, backward) if file_of(backward).parent == file_of(schedule).parent else (schedule,)
+
+
+def file_of(kind: type) -> Path:
+    """The file in which a class is defined."""
     file = sys.modules[kind.__module__].__file__
     assert file is not None
-    return importlib.util.decode_source(Path(file).read_bytes())
+    return Path(file)
+
+
+def source_of(kind: type) -> str:
+    """The text of the file in which a class is defined."""
+    return importlib.util.decode_source(file_of(kind).read_bytes())
 
 
 def reason_for(mutant: Mutant, class_name: str, source: str) -> str | None:
-    """Why `mutant` of the schedule `class_name` in a file with the text `source` need not be noticed.
+    """Why `mutant` of the class `class_name` in a file with the text `source` need not be noticed.
 
     None if nobody has said so. What is written here for a built-in schedule is said of a class of the same name too,
     while the function in which the statement stands is the built-in's, but for its comments.
@@ -84,10 +97,10 @@ def reason_for(mutant: Mutant, class_name: str, source: str) -> str | None:
         return TIME_ONLY
     if mutant.change == "earlier" and mutant.only_waits:
         return WAITS_TOO_EARLY
-    for name, built_in in BUILT_IN.items():
-        reason = EQUIVALENT.get(name, {}).get(mutant.key)
-        if reason is not None and built_in == class_name:
-            ours = _functions(source_of(load_schedule(name)), mutant.function)
+    for built_in in (part for name in BUILT_IN for part in parts_of(load_schedule(name))):
+        reason = EQUIVALENT.get(built_in.__module__.rpartition(".")[2], {}).get(mutant.key)
+        if reason is not None and built_in.__name__ == class_name:
+            ours = _functions(source_of(built_in), mutant.function)
             around = [one for one in _functions(source, mutant.function) if one[0] <= mutant.line <= one[1]]
             if around and around[-1][2] in {text for _, _, text in ours}:
                 return reason

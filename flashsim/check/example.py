@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from flashsim.errors import SimulationError
 from flashsim.machine.options import Options
 from flashsim.machine.trace import Trace
 from flashsim.numerics.functional import judge, run_tensors
+from flashsim.numerics.gradients import attention_gradients_reference
 from flashsim.numerics.reference import attention_reference
 from flashsim.problem import AttentionProblem
 from flashsim.result import Functional
@@ -25,6 +26,7 @@ KINDS = ("tensor", "exp", "fma", "alu", "pack", "smem", "tma", "issue", "link", 
          "drain")  # fmt: skip
 """What durations are asked for: units of an SM, and waits that are no unit's work."""
 MODES = ("hardware", "zero", "random", "far beyond")
+OUTPUTS = ("O", "LSE", "dQ", "dK", "dV")
 FAR_BEYOND = 1 << 24
 """Ticks: 65536 cycles, a hundred times the latency of HBM."""
 
@@ -64,6 +66,14 @@ class Latencies:
         return f"{', '.join(words)} (seed {self.seed})"
 
 
+class Outcome(NamedTuple):
+    """What a run came to."""
+
+    tensors: dict[str, Any]
+    order_matters: bool
+    """Something was summed in an order that depends on time."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One example of a check."""
@@ -87,60 +97,70 @@ class Example:
         device = load_device(self.gpu)
         return replace(device, sm=replace(device.sm, count=self.sms))
 
-    def compute(self, latencies: Latencies, trace: Trace | None = None) -> dict[str, Any]:
-        """The tensors after a functional run. Raises SimulationError for a wrong schedule."""
+    def compute(self, latencies: Latencies, trace: Trace | None = None) -> Outcome:
+        """A functional run. Raises SimulationError for a wrong schedule."""
         device, problem = self.device, self.problem
-        tensors = run_tensors(problem, *self.attention.qkv)
+        do = self.attention.do if "bwd" in problem.passes else None
+        tensors = run_tensors(problem, *self.attention.qkv, do)
         settings = Options(draw=latencies.draw(), tensors=tensors, rounded=self.rounded, trace=trace)
         chosen = configured(self.schedule, problem, device, self.options)
         with naming_lines_of(self.schedule), np.errstate(all="ignore"):
-            run_kernels(problem, chosen, device, device.clock.datasheet_mhz, settings)
-        return tensors
+            runs = run_kernels(problem, chosen, device, device.clock.datasheet_mhz, settings)
+        return Outcome(tensors, any(run.order_matters for run in runs))
 
-    def run(self) -> dict[str, Any]:
-        """The tensors after a run at the latencies of hardware. Raises SimulationError if anything is wrong."""
-        tensors = self.compute(Latencies())
-        found = judge(self.problem, tensors, self.rounded, self.schedule.stores_scores)
+    def run(self) -> Outcome:
+        """A run at the latencies of hardware. Raises SimulationError if anything is wrong."""
+        outcome = self.compute(Latencies())
+        found = judge(self.problem, outcome.tensors, self.rounded, self.schedule.stores_scores)
         if not found.accepted:
-            raise NotAccepted(f"wrong numbers: {_errors(self.problem, found, tensors)}")
-        return tensors
+            raise NotAccepted(f"wrong numbers: {_errors(self.problem, found, outcome.tensors)}")
+        return outcome
 
     def check(self) -> None:
         """Run at the latencies of hardware and at the drawn ones; the results must be right, and equal to the bit.
 
-        Raises SimulationError. No schedule may let latencies decide the order in which a row of O is summed.
+        Raises SimulationError. No schedule may let latencies decide the order in which a row of O is summed; gradients
+        may be summed by atomic additions, which come as they come.
         """
         there = self.run()
         if self.latencies.modes:
             elsewhere = self.compute(self.latencies)
-            for name in ("O", "LSE"):
-                if not np.array_equal(there[name], elsewhere[name]):
+            for name in ("O", "LSE") if there.order_matters else OUTPUTS:
+                if name in there.tensors and not np.array_equal(there.tensors[name], elsewhere.tensors[name]):
                     raise NotAccepted(f"{name} depends on latencies: other bits where they are {self.latencies}")
 
 
 def _errors(problem: AttentionProblem, found: Functional, tensors: dict[str, Any]) -> str:
     """How far off the results are, and where, in words."""
-    unwritten = [name for name in ("O", "LSE") if np.isnan(tensors[name]).any()]
+    outputs = [name for name in OUTPUTS if name in tensors]
+    unwritten = [name for name in outputs if np.isnan(tensors[name]).any()]
     if unwritten:
-        return f"{' and '.join(unwritten)} not written, or not a number{_rows(np.isnan(tensors[unwritten[0]]))}"
-    o, lse = attention_reference(tensors["Q"], tensors["K"], tensors["V"], problem.mask)
+        where = _rows(unwritten[0], np.isnan(tensors[unwritten[0]]))
+        return f"{' and '.join(unwritten)} not written, or not a number{where}"
+    given = tuple(tensors[name] for name in ("Q", "K", "V"))
+    o, lse = attention_reference(*given, problem.mask, dropout=problem.dropout)
+    right, errors = {"O": o, "LSE": lse.transpose(0, 2, 1)}, {"O": found.max_abs_error, "LSE": found.lse_max_abs_error}
+    if found.gradient_max_abs_error is not None:
+        gradients = attention_gradients_reference(*given, tensors["dO"], problem.mask, dropout=problem.dropout)
+        right |= dict(zip(("dQ", "dK", "dV"), gradients, strict=True))
+        errors |= dict(zip(("dQ", "dK", "dV"), found.gradient_max_abs_error.values(), strict=True))
     with np.errstate(invalid="ignore"):
-        off = {"O": np.abs(tensors["O"] - o), "LSE": np.abs(tensors["LSE"] - lse.transpose(0, 2, 1))}
-    errors = {"O": found.max_abs_error, "LSE": found.lse_max_abs_error}
+        off = {name: np.abs(tensors[name] - right[name]) for name in outputs}
     # What is off by more than a tenth of the largest error: rounding is left out.
     return " and ".join(
-        f"errors up to {error:.2g} in {name}" + (_rows(off[name] > error / 10) if error > 0 else "")
+        f"errors up to {error:.2g} in {name}" + (_rows(name, off[name] > error / 10) if error > 0 else "")
         for name, error in errors.items()
     )
 
 
-def _rows(wrong: Any) -> str:
-    """The rows with a wrong element: batch entries, heads and queries."""
+def _rows(name: str, wrong: Any) -> str:
+    """The rows with a wrong element: batch entries, heads, and queries or keys."""
     wrong = wrong.any(axis=tuple(range(3, wrong.ndim)))
     if not wrong.any():
         return ""
     batch, rows, heads = (np.unique(axis) for axis in np.nonzero(wrong))
-    return f" ({np.sum(wrong)} of {wrong.size} rows: batch {_span(batch)}, heads {_span(heads)}, queries {_span(rows)})"
+    what = "keys" if name in ("dK", "dV") else "queries"
+    return f" ({np.sum(wrong)} of {wrong.size} rows: batch {_span(batch)}, heads {_span(heads)}, {what} {_span(rows)})"
 
 
 def _span(numbers: Any) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-VERBS = ("load", "store", "gemm", "map", "reduce", "convert")
+VERBS = ("load", "store", "atomic_add", "gemm", "map", "reduce", "convert")
 """Calls that issue an operation: without `yield` they still do, and nobody waits for its end."""
 SIGNALS = ("release", "pass_on")
 OF_A_SLOT = ("full", "empty", "release")

@@ -21,7 +21,7 @@ from typing import Any
 
 from flashsim.analysis.parallel import in_order
 from flashsim.check.draw import NothingAccepted, drawn_examples
-from flashsim.check.equivalent import reason_for, source_of
+from flashsim.check.equivalent import file_of, parts_of, reason_for, source_of
 from flashsim.check.example import Example
 from flashsim.check.mutants import EXECUTED, Mutant, mutants_of, probed
 from flashsim.errors import InputError, SimulationError
@@ -37,10 +37,15 @@ TRIED = 32
 KILLED, EQUIVALENT, INVALID, NOT_RUN, SURVIVED = "killed", "equivalent", "invalid", "not run", "survived"
 
 
+Line = tuple[type, int]
+"""Of the file in which a class is."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What became of one mutant."""
 
+    file: str
     function: str
     line: int
     statement: str
@@ -82,9 +87,9 @@ class Survey:
         }
 
 
-def mutants_in(schedule: str) -> list[Mutant]:
-    """The mutants of a schedule's file."""
-    return mutants_of(source_of(load_schedule(schedule)))
+def mutants_in(schedule: str) -> list[tuple[type, Mutant]]:
+    """The mutants of a schedule's files, each with the class in whose file it is."""
+    return [(part, mutant) for part in parts_of(load_schedule(schedule)) for mutant in mutants_of(source_of(part))]
 
 
 def survey(schedule: str, numbers: list[int] | None = None, workers: int | None = None) -> Iterator[Verdict]:
@@ -105,14 +110,14 @@ def _judge(job: tuple[str, int]) -> Verdict:
 
 def _verdict(schedule: str, number: int) -> Verdict:
     kind = load_schedule(schedule)
-    source = source_of(kind)
-    mutant = mutants_of(source)[number]
-    trials = _varied([example for example, lines in _trials(schedule) if mutant.line in lines], TRIED)
+    part, mutant = mutants_in(schedule)[number]
+    trials = _varied([example for example, lines in _trials(schedule) if (part, mutant.line) in lines], TRIED)
     outcome, how, runs = SURVIVED if trials else NOT_RUN, "", 0
+    said = (file_of(part).name, mutant.function, mutant.line, mutant.statement, mutant.change)
     try:
-        changed = _load(mutant.source, kind)
+        changed = _with_part(kind, part, _load(mutant.source, part))
     except InputError as refused:
-        return Verdict(mutant.function, mutant.line, mutant.statement, mutant.change, INVALID, str(refused), runs)
+        return Verdict(*said, INVALID, str(refused), runs)
     for example in trials:
         runs += 1
         error = _noticed(replace(example, schedule=changed))
@@ -120,9 +125,9 @@ def _verdict(schedule: str, number: int) -> Verdict:
             invalid = isinstance(error.__cause__, NameError | AttributeError | TypeError)
             outcome, how = (INVALID, str(error.__cause__)) if invalid else (KILLED, type(error).__name__)
             break
-    if outcome == SURVIVED and (reason := reason_for(mutant, kind.__name__, source)):
+    if outcome == SURVIVED and (reason := reason_for(mutant, part.__name__, source_of(part))):
         outcome, how = EQUIVALENT, reason
-    return Verdict(mutant.function, mutant.line, mutant.statement, mutant.change, outcome, how, runs)
+    return Verdict(*said, outcome, how, runs)
 
 
 def _noticed(example: Example) -> SimulationError | None:
@@ -134,7 +139,7 @@ def _noticed(example: Example) -> SimulationError | None:
 
 
 @cache
-def _trials(schedule: str) -> list[tuple[Example, frozenset[int]]]:
+def _trials(schedule: str) -> list[tuple[Example, frozenset[Line]]]:
     """Drawn examples and the lines of mutated statements that each executes.
 
     Raises SimulationError if the schedule itself is wrong, and InputError if it accepts none.
@@ -149,17 +154,22 @@ def _trials(schedule: str) -> list[tuple[Example, frozenset[int]]]:
         raise
 
 
-def _run_unchanged(kind: type[Schedule]) -> list[tuple[Example, frozenset[int]]]:
-    text = source_of(kind)
-    watched = _load(probed(text), kind)
-    lines: set[int] = getattr(sys.modules[watched.__module__], EXECUTED)
-    unseen = {mutant.line for mutant in mutants_of(text)}
+def _run_unchanged(kind: type[Schedule]) -> list[tuple[Example, frozenset[Line]]]:
+    watched, executed, unseen = kind, dict[type, set[int]](), set[Line]()
+    for part in parts_of(kind):
+        text = source_of(part)
+        probe = _load(probed(text), part)
+        watched = _with_part(watched, part, probe)
+        executed[part] = getattr(sys.modules[probe.__module__], EXECUTED)
+        unseen |= {(part, mutant.line) for mutant in mutants_of(text)}
     trials = []
     for number, example in enumerate(_varied(drawn_examples(kind, DRAWN), DRAWN)):
         if number >= KEPT and not unseen:
             break
-        lines.clear()
+        for lines_of_part in executed.values():
+            lines_of_part.clear()
         replace(example, schedule=watched, rounded=False).run()
+        lines = {(part, line) for part, lines_of_part in executed.items() for line in lines_of_part}
         if number < KEPT or unseen & lines:
             trials.append((replace(example, rounded=False), frozenset(lines)))
         unseen -= lines
@@ -183,17 +193,31 @@ def _traits(example: Example) -> set[frozenset[object]]:
     p, options = example.problem, example.options
     visited = p.mask_rule.walk(range(p.seqlen_q), options.get("BLOCK_N", 128), p.seqlen_q, p.seqlen_k).count
     kv_tiles = min(visited, MANY_TILES)
-    alone = {*options.items(), ("mask", p.mask_rule.kind), ("gpu", example.gpu), ("sms", example.sms)}
+    alone = {
+        *options.items(),
+        ("direction", p.direction),
+        ("dropout", p.dropout > 0),
+        ("mask", p.mask_rule.kind),
+        ("gpu", example.gpu),
+        ("sms", example.sms),
+    }
     return {frozenset(three) for three in combinations({*alone, ("KV tiles", kv_tiles)}, 3)}
 
 
-def _load(text: str, kind: type[Schedule]) -> type[Schedule]:
+def _with_part(kind: type[Schedule], part: type, changed: type) -> type[Schedule]:
+    """`kind` with one of its parts changed: another class, or the same with another backward pass."""
+    if issubclass(part, Schedule):
+        assert issubclass(changed, Schedule)
+        return changed
+    return type(kind.__name__, (kind,), {"backward": changed, "__module__": kind.__module__})
+
+
+def _load(text: str, kind: type) -> type:
     """The class called like `kind` in a file with `text`, which finds its neighbors where the file of `kind` does.
 
     Raises InputError if the text cannot be run.
     """
-    file = sys.modules[kind.__module__].__file__
-    assert file is not None
+    file = str(file_of(kind))
     module = ModuleType(f"flashsim_changed_{kind.__module__.replace('.', '_')}")
     module.__file__ = file
     setattr(module, EXECUTED, set())  # for a statement of a probed file that runs while the file is loaded
@@ -205,5 +229,4 @@ def _load(text: str, kind: type[Schedule]) -> type[Schedule]:
         raise InputError(f"{file} cannot be run: {type(error).__name__}: {error}") from None
     found = getattr(module, kind.__name__)
     assert isinstance(found, type)
-    assert issubclass(found, Schedule)
     return found

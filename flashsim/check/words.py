@@ -41,11 +41,19 @@ def survey_table(survey: Survey) -> Table:
     from rich.table import Table
 
     table = Table(title=survey.schedule, title_justify="left", box=None, pad_edge=False)
-    for name in ("line", "function", "statement", "change", "outcome", "by, or why"):
+    for name in ("file", "line", "function", "statement", "change", "outcome", "by, or why"):
         table.add_column(name, no_wrap=name != "by, or why", overflow="fold")
     for verdict in survey.verdicts:
         statement = " ".join(verdict.statement.split())
-        row = (str(verdict.line), verdict.function, statement, verdict.change, verdict.outcome, verdict.how)
+        row = (
+            verdict.file,
+            str(verdict.line),
+            verdict.function,
+            statement,
+            verdict.change,
+            verdict.outcome,
+            verdict.how,
+        )
         table.add_row(*row)
     return table
 

@@ -58,6 +58,8 @@ class KernelRun:
     written_byte: Mapping[str, int]
     events: int
     ctas_per_sm: int
+    order_matters: frozenset[str] = frozenset()
+    """Tensors to which CTAs have added in an order that depends on time; known after a functional run."""
 
 
 @dataclass
@@ -118,6 +120,7 @@ class FullSimulation:
             written_byte=shared.written_byte,
             events=sim.events,
             ctas_per_sm=per_sm,
+            order_matters=frozenset(o.hbm.order_matters if o.hbm else ()),
         )
 
     def _start(self, host: _Sm, at: int, source: Iterator[Coordinates]) -> Any:

@@ -42,22 +42,24 @@ class Fragments:
     stats: Statistics
 
 
-def tile_size(head_dim: int, masked: bool, architecture: str) -> tuple[int, int]:
-    """(BLOCK_M, BLOCK_N) as csrc/flash_attn/src/flash_fwd_launch_template.h has them, without dropout.
+def tile_size(head_dim: int, masked: bool, dropout: bool, architecture: str) -> tuple[int, int]:
+    """(BLOCK_M, BLOCK_N) as csrc/flash_attn/src/flash_fwd_launch_template.h has them.
 
     Ada (sm_89), with less shared memory than Ampere and Hopper, has its own for head dims 96 to 160 and 256.
     """
     ada = architecture == "ada"
     if head_dim <= 64:
-        return 128, 128
+        return (128, 64) if dropout else (128, 128)
     if head_dim <= 96:
         return (64, 64) if ada and masked else (128, 64)
     if head_dim <= 128:
+        if dropout:
+            return 128, 32
         return ((64, 64) if masked else (128, 32)) if ada else (128, 64)
     if head_dim <= 160:
         return ((64, 64) if masked else (128, 64)) if ada else (128, 32)
     if head_dim <= 192:
-        return 128, 64
+        return (64, 64) if dropout else (128, 64)
     return (128, 64) if architecture == "ampere" else (64, 64)
 
 
@@ -73,6 +75,7 @@ class FA2(Schedule):
     title = "FlashAttention-2: mma.sync and cp.async, no warp specialization"
     source = "arXiv 2307.08691, algorithms 1 and 2; Dao-AILab/flash-attention csrc/flash_attn/src/flash_fwd_kernel.h"
     directions = ("fwd", "bwd", "fwd+bwd")
+    dropout = True
     backward: ClassVar[type[FA2Backward]] = FA2Backward
 
     bwd_BLOCK_M: int = switch(None, "query rows of a tile of the backward pass")
@@ -82,7 +85,7 @@ class FA2(Schedule):
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         head_dim = max(problem.head_dim, problem.head_dim_v)
-        rows, keys = tile_size(head_dim, problem.mask_rule.kind != "full", architecture)
+        rows, keys = tile_size(head_dim, problem.mask_rule.kind != "full", problem.dropout > 0, architecture)
         backward = dict(zip(BACKWARD_TILE, backward_tile_size(head_dim, architecture), strict=True))
         return {"BLOCK_M": rows, "BLOCK_N": keys, **backward}
 
@@ -168,6 +171,8 @@ class FA2(Schedule):
                     k = wg.load(tile.K(j + 1).rows(*my_keys), into=s.K.rows(*my_keys))
                 online_softmax(wg, r.S, r.stats, tile, j, masked=tile.partial(j))  # 9
                 rescale(wg, r.O, r.stats)
+                if wg.problem.dropout:
+                    wg.map("dropout", r.S, tile, j, into=r.S)
                 wg.convert(r.S, into=r.P)
                 yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)  # 10: O = diag(alpha) O + P V_j
             finish(wg, r.O, r.stats)  # 12, 13

@@ -72,10 +72,12 @@ class Fragments:
 
 @dataclass
 class Rows:
-    """The register tiles of the kernels before and after."""
+    """The register tiles of a kernel that works on rows: what it loads, and an fp32 tile of each width."""
 
-    a: Operand
-    b: Operand
+    given: Operand
+    also_given: Operand
+    like_Q: Operand
+    like_O: Operand
     sum: Operand
 
 
@@ -124,16 +126,16 @@ class FA2Backward:
         """Line 4. Each warpgroup has half of the rows."""
         mine = (wg.index * self.BLOCK_M // WARPGROUPS, self.BLOCK_M // WARPGROUPS)
         for tile in wg.tiles():
-            o = wg.load(tile.O.rows(*mine), into=r.a)
-            do = wg.load(tile.dO.rows(*mine), into=r.b)
+            o = wg.load(tile.O.rows(*mine), into=r.given)
+            do = wg.load(tile.dO.rows(*mine), into=r.also_given)
             yield o
             yield do
-            wg.map("mul", r.a, r.b, into=r.a)
+            wg.map("mul", r.given, r.also_given, into=r.like_O)
             wg.map("fill", 0.0, into=r.sum)
-            wg.reduce("sum", r.a, into=r.sum)
+            wg.reduce("sum", r.like_O, into=r.sum)
             wg.store(r.sum, into=tile.D.rows(*mine))
-            wg.map("fill", 0.0, into=r.b)
-            wg.store(r.b, into=tile.dQ_accum.rows(*mine))
+            wg.map("fill", 0.0, into=r.like_Q)
+            wg.store(r.like_Q, into=tile.dQ_accum.rows(*mine))
 
     # The five products
 
@@ -191,17 +193,22 @@ class FA2Backward:
                 yield kv[1]
             for i in wg.q_tiles(tile):  # 8
                 Q, more = s.Q[i % self.stages], i < tile.last
+                place = tile, i, 0, half(self.BLOCK_N)[0]
                 D = wg.load(tile.D(i), into=r.D)
                 yield q
                 yield do
                 yield s.everybody.wait()  # everyone's part of Q_i and dO_i is there
                 yield wg.gemm(Q, mine(s.K.T), into=r.S)  # 10: S = Q K_j^T
                 if tile.partial(i):
-                    wg.map("mask", r.S, tile, i, 0, half(s.K.shape[0])[0], into=r.S)
+                    wg.map("mask", r.S, *place, into=r.S)
                 yield lse
                 wg.map("exp_lse", r.S, r.LSE, into=r.S)  # 11: P = exp(S - L)
-                wg.convert(r.S, into=mine(s.P))
+                if wg.problem.dropout:
+                    wg.map("dropout", r.S, *place, into=r.dP)
+                wg.convert(r.dP if wg.problem.dropout else r.S, into=mine(s.P))
                 yield wg.gemm(s.dO, mine(s.V.T), into=r.dP)  # 13: dP = dO V_j^T
+                if wg.problem.dropout:  # the same bits, which the code keeps in the signs of P
+                    wg.map("dropout", r.dP, *place, into=r.dP)
                 yield D
                 wg.map("sub", r.dP, r.D, into=r.dP)
                 wg.map("mul", r.dP, r.S, into=r.dP)  # 14: dS = P o (dP - D)
@@ -230,9 +237,9 @@ class FA2Backward:
     def convert_dq(self, wg: Warpgroup, s: None, r: Rows) -> Program:
         mine = (wg.index * self.BLOCK_M // WARPGROUPS, self.BLOCK_M // WARPGROUPS)
         for tile in wg.tiles():
-            yield wg.load(tile.dQ_accum.rows(*mine), into=r.b)
-            wg.map("scale", r.b, into=r.b)
-            wg.store(r.b, into=tile.dQ.rows(*mine))
+            yield wg.load(tile.dQ_accum.rows(*mine), into=r.like_Q)
+            wg.map("scale", r.like_Q, into=r.like_Q)
+            wg.store(r.like_Q, into=tile.dQ.rows(*mine))
 
     def key_rows(self, regs: Registers) -> Rows:
         return rows_of(regs, self.BLOCK_N // WARPGROUPS)
@@ -240,12 +247,15 @@ class FA2Backward:
     def sum_heads(self, wg: Warpgroup, s: None, r: Rows) -> Program:
         mine = (wg.index * self.BLOCK_N // WARPGROUPS, self.BLOCK_N // WARPGROUPS)
         for tile in wg.tiles():
-            for each, total in ((tile.dK_expanded, tile.dK), (tile.dV_expanded, tile.dV)):
-                wg.map("fill", 0.0, into=r.b)
+            for each, part, sum, total in (
+                (tile.dK_expanded, r.given, r.like_Q, tile.dK),
+                (tile.dV_expanded, r.also_given, r.like_O, tile.dV),
+            ):
+                wg.map("fill", 0.0, into=sum)
                 for head in range(wg.problem.heads_per_kv):
-                    yield wg.load(each(head).rows(*mine), into=r.a)
-                    wg.map("add", r.b, r.a, into=r.b)
-                wg.store(r.b, into=total.rows(*mine))
+                    yield wg.load(each(head).rows(*mine), into=part)
+                    wg.map("add", sum, part, into=sum)
+                wg.store(sum, into=total.rows(*mine))
 
 
 def no_memory(cta: CTA) -> None:
@@ -253,10 +263,9 @@ def no_memory(cta: CTA) -> None:
 
 
 def rows_of(regs: Registers, rows: int) -> Rows:
-    """For kernels that work on rows: a tile as it comes from HBM, one to compute in, and a sum of each row."""
-    width = max(regs.head_dim, regs.head_dim_v)
-    return Rows(
-        a=regs.tile("a", (rows, width), regs.problem.dtype),
-        b=regs.tile("b", (rows, width)),
-        sum=regs.rows("sum", rows),
-    )
+    d, dv, dtype = regs.head_dim, regs.head_dim_v, regs.problem.dtype
+    by_query = regs.kernel.grid.over == "queries"
+    given = regs.tile("given", (rows, dv if by_query else d), dtype)
+    also_given = regs.tile("also given", (rows, dv), dtype)
+    like_Q, like_O = regs.tile("like Q", (rows, d)), regs.tile("like O", (rows, dv))
+    return Rows(given, also_given, like_Q, like_O, regs.rows("sum", rows))

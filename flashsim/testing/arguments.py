@@ -11,8 +11,8 @@ from flashsim.masks import parse_mask
 from flashsim.numerics.layout import Float, check_inputs
 from flashsim.numerics.philox import SEED, dropout_problems
 from flashsim.numerics.rounding import round_to
-from flashsim.problem import DTYPES
 from flashsim.testing.arrays import dtype_of, to_float64
+from flashsim.testing.cases import NUMPY_DTYPES as DTYPES
 from flashsim.testing.cases import AttentionCase
 
 

@@ -205,6 +205,8 @@ def _check(
             if name == "masks" and value in KINDS_WITH_NUMBERS:
                 continue
             fields: dict[str, Any] = {"batch": 1, "heads_q": 1, "seqlen_q": 1, "head_dim": 1, field: value}
+            if value == "fp8":
+                problems.append("dtypes: got 'fp8', its tensors have scales (see flashsim.numerics.fp8)")
             try:
                 AttentionProblem(**fields)
             except InputError as error:

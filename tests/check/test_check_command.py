@@ -208,7 +208,7 @@ def test_ctrl_c_among_mutants(
 ) -> None:
     def three(work: object, items: list[tuple[str, int]], workers: int) -> Iterator[survey.Verdict]:
         for _, number in items[:3]:
-            yield survey.Verdict("program", number, "yield q", "removed", survey.KILLED, "Race", 1)
+            yield survey.Verdict("mine.py", "program", number, "yield q", "removed", survey.KILLED, "Race", 1)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(survey, "in_order", three)

@@ -11,13 +11,15 @@ from pathlib import Path
 import pytest
 
 from flashsim import schedules
+from flashsim.check import equivalent
 from flashsim.check import survey as judging
-from flashsim.check.equivalent import EQUIVALENT, SCOREBOARD, WAITS_TOO_EARLY, reason_for
+from flashsim.check.equivalent import EQUIVALENT, SCOREBOARD, WAITS_TOO_EARLY, file_of, parts_of, reason_for
 from flashsim.check.mutants import Mutant, mutants_of, probed
 from flashsim.check.survey import EQUIVALENT as OUTCOME_EQUIVALENT
 from flashsim.check.survey import INVALID, KILLED, NOT_RUN, SURVIVED, Survey, Verdict, mutants_in, survey
 from flashsim.check.words import SAY_WHY, survey_lines
 from flashsim.errors import InputError, Race
+from flashsim.schedules import load_schedule
 
 BUILT_IN = schedules.schedule_names()
 
@@ -33,8 +35,17 @@ def source_of(name: str) -> str:
     return (Path(schedules.__file__).parent / f"{name}.py").read_text(encoding="utf-8")
 
 
+def texts_of(name: str) -> list[str]:
+    """Of all files that make up a schedule."""
+    return [equivalent.source_of(part) for part in parts_of(load_schedule(name))]
+
+
+def mutants_named(name: str) -> list[Mutant]:
+    return [mutant for _, mutant in mutants_in(name)]
+
+
 def mutant_number(name: str, statement: str, change: str) -> int:
-    return next(n for n, m in enumerate(mutants_in(name)) if (m.statement, m.change) == (statement, change))
+    return next(n for n, m in enumerate(mutants_named(name)) if (m.statement, m.change) == (statement, change))
 
 
 # The generator.
@@ -43,25 +54,25 @@ def mutant_number(name: str, statement: str, change: str) -> int:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_there_is_a_mutant_without_each_wait_and_each_signal(name: str) -> None:
     """Counted by hand in the files' text: a wait is a `yield` that is no `yield from`."""
-    lines = [line.partition("#")[0] for line in source_of(name).splitlines()]
+    lines = [line.partition("#")[0] for text in texts_of(name) for line in text.splitlines()]
     waits = [line for line in lines if line.lstrip().startswith("yield ") and "yield from" not in line]
     signals = [line for line in lines if line.rstrip().endswith(("pass_on()",)) or ".release(" in line]
-    gone = [mutant for mutant in mutants_in(name) if mutant.change in ("removed", "not awaited")]
+    gone = [mutant for mutant in mutants_named(name) if mutant.change in ("removed", "not awaited")]
     assert len(gone) == len(waits) + len(signals)
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_there_are_two_mutants_of_another_slot_for_each_index_of_a_ring(name: str) -> None:
-    text = "\n".join(line.partition("#")[0] for line in source_of(name).splitlines())
+    text = "\n".join(line.partition("#")[0] for text in texts_of(name) for line in text.splitlines())
     indices = sum(text.count(f".{method}(") for method in ("full", "empty", "release"))
-    other = [mutant for mutant in mutants_in(name) if mutant.change in ("next item", "item before")]
+    other = [mutant for mutant in mutants_named(name) if mutant.change in ("next item", "item before")]
     assert len(other) == 2 * indices
 
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_mutants_differ_from_the_file_and_can_be_parsed(name: str) -> None:
-    mutants = mutants_in(name)
-    assert len({mutant.source for mutant in mutants} | {source_of(name)}) == len(mutants) + 1
+    mutants = mutants_named(name)
+    assert len({mutant.source for mutant in mutants} | {*texts_of(name)}) == len(mutants) + len(texts_of(name))
     for mutant in mutants:
         ast.parse(mutant.source)
 
@@ -133,8 +144,12 @@ def test_a_sample_of_mutants_is_killed_or_explained(name: str) -> None:
 
 
 def test_every_written_reason_names_a_mutant() -> None:
-    for name, reasons in EQUIVALENT.items():
-        assert reasons.keys() <= {mutant.key for mutant in mutants_in(name)}
+    there: dict[str, set[tuple[str, str, str]]] = {}
+    for name in BUILT_IN:
+        for part, mutant in mutants_in(name):
+            there.setdefault(file_of(part).stem, set()).add(mutant.key)
+    for file, reasons in EQUIVALENT.items():
+        assert reasons.keys() <= there[file]
 
 
 def mutant_of(statement: str, change: str) -> Mutant:
@@ -288,14 +303,14 @@ def test_a_line_that_no_example_runs_is_said_to_be_so(tmp_path: Path) -> None:
 
 
 def test_a_survey_with_a_survivor_has_not_passed() -> None:
-    verdict = Verdict("program", 1, "yield q", "removed", SURVIVED, "", 16)
+    verdict = Verdict("mine.py", "program", 1, "yield q", "removed", SURVIVED, "", 16)
     assert not Survey("mine", (verdict,)).passed
     assert Survey("mine", (verdict,)).to_json()["counts"]["survived"] == 1
     assert survey_lines(Survey("mine", (verdict,))) == ["mine: 1 mutants: 0 killed, 1 survived", SAY_WHY]
 
 
 def test_half_a_survey_has_not_passed() -> None:
-    verdict = Verdict("program", 1, "yield q", "removed", KILLED, "Race", 1)
+    verdict = Verdict("mine.py", "program", 1, "yield q", "removed", KILLED, "Race", 1)
     assert Survey("mine", (verdict,)).passed
     assert not Survey("mine", (verdict,), complete=False).passed
     assert survey_lines(Survey("mine", (verdict,))) == ["mine: 1 mutants: 1 killed"]

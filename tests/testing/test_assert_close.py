@@ -340,7 +340,7 @@ def test_mistakes_of_the_caller() -> None:
     assert mistakes(o, q * 1.001, bad[:1], "v", dtype="fp61", mask="casual", scale=np.inf) == (
         "dtype: unknown dtype 'fp61', did you mean 'fp16'? (allowed: fp16, bf16)",
         "mask: unknown mask 'casual', did you mean 'causal'? (allowed: full, causal, window, prefix, chunked, "
-        "documents, global, blocks, butterfly, padding)",
+        "documents, global, blocks, butterfly, padding, varlen, varlen-causal)",
         "v: must be an array of numbers, got str with elements of type <U1",
     )
     assert mistakes(o, q, bad, v, dtype="fp16", scale=np.inf) == (

@@ -137,6 +137,18 @@ def test_the_bits_of_the_backward_pass_alone() -> None:
     assert "- dv" not in text
 
 
+def test_nothing_is_forgiven_where_everything_is_dropped() -> None:
+    """Bounds are those of the same bits: O and its gradients are 0, and numbers that rounding could make are wrong."""
+    case = AttentionCase(AttentionProblem(batch=1, heads_q=1, seqlen_q=4, head_dim=16, dropout=0.999))
+    assert not case.keep().any()
+    nothing = np.zeros((1, 4, 1, 16))
+    assert_attention_close(nothing, case)
+    assert_gradients_close([nothing] * 3, case)
+    assert "- O: largest error 1e-05" in message(assert_attention_close, nothing + 1e-5, case)
+    text = message(assert_gradients_close, [nothing + 1e-5] * 3, case)
+    assert all(f"- {name}: largest error 1e-05" in text for name in ("dq", "dk", "dv"))
+
+
 @pytest.mark.parametrize("seed", [None, 5])
 def test_arrays_instead_of_a_case(seed: int | None) -> None:
     drop: Any = {"dropout": 0.25, "dropout_seed": SEED if seed is None else seed}

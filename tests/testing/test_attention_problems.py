@@ -190,7 +190,7 @@ def test_all_mistakes_are_named_at_once() -> None:
         "max_tiles: got (0, 3), must be two whole numbers from 1",
         "head_dims: got 0, must be a whole number from 1 to 512",
         "masks: got 'full', must name at least one, in a list or tuple",
-        "dtypes: unknown dtype 'fp61', did you mean 'fp16'? (allowed: fp16, bf16)",
+        "dtypes: unknown dtype 'fp61', did you mean 'fp16'? (allowed: fp16, bf16, fp8)",
         "max_flops: got 1.0, must be at least 2048",
     )
 
