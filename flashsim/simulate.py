@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from flashsim.machine.options import Options
 from flashsim.problem import AttentionProblem
 from flashsim.result import UNITS, HbmBytes, KernelTime, Result, TensorBytes, Utilization
 from flashsim.schedules import Kernel, Schedule, load_schedule
+from flashsim.schedules.tensors import WIDTHS
 from flashsim.units import us_of_ticks
 from flashsim.watchdog import Stuck, Watchdog
 
@@ -76,7 +77,7 @@ def configured(
     """The schedule with its switches set. Raises InputError with everything that does not go together, SimulationError
     for a mistake in the schedule's own text."""
     with naming_lines_of(kind), Watchdog():
-        chosen = kind.configure(problem, device.architecture, options)
+        chosen = kind.configure(problem, device.architecture, options, device.sm.count)
         # Asking declares the kernels' memory once, so that what goes wrong there is found here.
         for kernel in chosen.kernels(problem):
             with suppress(Infeasible):
@@ -96,14 +97,45 @@ def run_kernels(
 
     Raises Infeasible where one does not fit, and Deadlock, Race or Hazard for a schedule that is wrong.
     """
+    if schedule.pack_gqa and problem.heads_per_kv > 1:
+        return _run_packed(problem, schedule, device, clock_mhz, settings, full)
     full = full or settings.tensors is not None or settings.draw is not None
     simulation = FullSimulation if full else FastSimulation
     if settings.tensors is not None and problem.direction == "bwd":  # what the forward pass saves has to be there
         run_kernels(replace(problem, direction="fwd"), schedule, device, clock_mhz, settings)
+    settings, kernels = replace(settings, l2={}), schedule.kernels(problem)
+    if settings.tensors is not None:
+        _keep_kv(settings.tensors, kernels)
     return [
-        simulation(_device_of(kernel, device), clock_mhz, kernel, problem, settings).run()
-        for kernel in schedule.kernels(problem)
+        simulation(_device_of(kernel, device), clock_mhz, kernel, problem, settings).run() for kernel in kernels
     ]
+
+
+def _keep_kv(tensors: dict[str, Any], kernels: Sequence[Kernel]) -> None:
+    """Where K and V are kept in a narrower dtype, the numbers of a functional run are those that are kept."""
+    from flashsim.numerics.rounding import round_to, saturate
+
+    for dtype in {kernel.kv_dtype for kernel in kernels if kernel.kv_dtype}:
+        form = "e4m3" if dtype == "fp8" else dtype
+        for name in ("K", "V"):
+            tensors[name] = round_to(saturate(tensors[name], form), form)
+
+
+def _run_packed(
+    problem: AttentionProblem, schedule: Schedule, device: DeviceSpec, clock_mhz: float, settings: Options, full: bool
+) -> list[KernelRun]:
+    """The same with the query heads that share a KV head in one tile."""
+    from flashsim.packing import pack, packed, unpack
+
+    unpacked, group = settings.tensors, problem.heads_per_kv
+    if unpacked is not None:
+        by_query = {name: pack(unpacked[name], group) for name in ("Q", "O", "LSE")}
+        settings = replace(settings, tensors=unpacked | by_query)
+    runs = run_kernels(packed(problem), schedule, device, clock_mhz, settings, full)
+    if unpacked is not None and settings.tensors is not None:
+        for name in ("O", "LSE"):
+            unpacked[name] = unpack(settings.tensors[name], group)
+    return runs
 
 
 @contextmanager
@@ -146,12 +178,23 @@ def _clock(device: DeviceSpec, clock_mhz: float | None) -> tuple[float, str]:
 
 def _fits_memory(problem: AttentionProblem, schedule: Schedule, device: DeviceSpec) -> None:
     workspace = schedule.workspace_byte(problem)
-    if problem.memory_bytes + workspace > device.memory.hbm_byte:
+    tensors = _memory_byte(problem, schedule) - workspace
+    if tensors + workspace > device.memory.hbm_byte:
         beside = f" and {workspace / 1e9:.1f} GB beside them" if workspace else ""
         raise InputError(
-            f"schedule {schedule.name()} needs {problem.memory_bytes / 1e9:.1f} GB for this problem's tensors{beside}, "
+            f"schedule {schedule.name()} needs {tensors / 1e9:.1f} GB for this problem's tensors{beside}, "
             f"{device.name} has {device.memory.hbm_byte / 1e9:.1f} GB"
         )
+
+
+def _memory_byte(problem: AttentionProblem, schedule: Schedule) -> int:
+    """Device memory of a call: what it is given, gives back, and needs beside them."""
+    kept = {kernel.kv_dtype for kernel in schedule.kernels(problem) if kernel.kv_dtype}
+    sizes = problem.tensor_bytes
+    for dtype in kept:
+        for name in ("k", "v"):
+            sizes[name] = sizes[name] * WIDTHS[dtype] // problem.element_bytes
+    return sum(sizes.values()) + schedule.workspace_byte(problem)
 
 
 def _device_of(kernel: Kernel, device: DeviceSpec) -> DeviceSpec:
@@ -214,7 +257,7 @@ def _result(
         flops=problem.flops,
         flops_executed=sum(run.flop for run in runs),
         hbm_bytes=_hbm_bytes(runs),
-        peak_memory_bytes=problem.memory_bytes + schedule.workspace_byte(problem),
+        peak_memory_bytes=_memory_byte(problem, schedule),
         utilization=utilization,
         bound_by=bound_by,
         kernels=tuple(

@@ -132,7 +132,7 @@ class FastSimulation:
         costs = probe.costs
         sim = self._sim
         tma = k.copy == "tma"
-        shared = SharedMemory(sim, costs, tma, self.options.seed)
+        shared = SharedMemory(sim, costs, tma, self.options.seed, self.options.held_by(k.name))
         self._memory = PrivateMemory(sim, costs, tma, k.is_common) if self.options.private_memory else shared
         self._done: dict[TileClass, int] = {}
         sms = [_Sm() for _ in range(self.device.sm.count)]

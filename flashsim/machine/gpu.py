@@ -93,7 +93,7 @@ class FullSimulation:
         sim = self._sim = Simulation()
         costs = Costs(self.device, self.clock_mhz)
         tma = k.copy == "tma"
-        shared = SharedMemory(sim, costs, tma, o.seed)
+        shared = SharedMemory(sim, costs, tma, o.seed, o.held_by(k.name))
         private = PrivateMemory(sim, costs, tma, k.is_common)
         memory = private if o.private_memory else shared
         self._settings = o

@@ -41,7 +41,15 @@ class SharedMemory:
     holds. Atomic additions are done in L2, at its rate.
     """
 
-    def __init__(self, sim: Simulation, costs: Costs, tma: bool, seed: int) -> None:
+    def __init__(
+        self,
+        sim: Simulation,
+        costs: Costs,
+        tma: bool,
+        seed: int,
+        held: OrderedDict[Key, tuple[int, int, bool]] | None = None,
+    ) -> None:
+        """`held` is what L2 holds from a launch before, and what it holds after this one."""
         m, t = costs.device.memory, costs.device.tma
         l2_ns, hbm_ns = (t.l2_latency_ns, t.hbm_latency_ns) if tma and t else (m.l2_latency_ns, m.hbm_latency_ns)
         self.sim = sim
@@ -49,9 +57,11 @@ class SharedMemory:
         self.miss = costs.ns(hbm_ns) - self.latency
         """Ticks by which a tile that L2 does not hold comes later, the time of its bytes apart."""
         self._capacity = m.l2_share_byte
-        self._held = 0
-        self._tiles: OrderedDict[Key, tuple[int, int, bool]] = OrderedDict()
+        self._tiles: OrderedDict[Key, tuple[int, int, bool]] = OrderedDict() if held is None else held
         """Tile to (bytes, tick at which it is complete, is it newer than HBM's), the least recently used first."""
+        for key, (size, _, newer) in self._tiles.items():
+            self._tiles[key] = (size, 0, newer)
+        self._held = sum(size for size, _, _ in self._tiles.values())
         self.hbm = Server(sim, "hbm")
         self.l2 = Server(sim, "l2")
         self._hbm_rate = costs.byte_rate(m.hbm_byte_per_ns)

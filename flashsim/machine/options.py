@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
+from flashsim.machine.memory import Key
 from flashsim.machine.shared_hbm import SharedHbm
 from flashsim.machine.sm import Draw
 from flashsim.machine.trace import Trace
@@ -29,5 +31,11 @@ class Options:
     """In a functional run, round every tile that is written to its dtype."""
     hbm: SharedHbm | None = None
     """In a functional run, the accesses to HBM of one kernel."""
+    l2: dict[str, OrderedDict[Key, tuple[int, int, bool]]] | None = None
+    """What L2 holds after a kernel, by its name, for launches of one kernel that follow each other; None: nothing."""
     trace: Trace | None = None
     """In a functional run, note here what everybody does."""
+
+    def held_by(self, kernel: str) -> OrderedDict[Key, tuple[int, int, bool]] | None:
+        """What L2 holds since the last launch of a kernel of this name."""
+        return None if self.l2 is None else self.l2.setdefault(kernel, OrderedDict())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -85,6 +86,8 @@ class Kernel:
     """The scores that it reads have been multiplied by the softmax scale."""
     library: bool = False
     """A framework's kernel, which moves data at the rate that such kernels reach, not at the best there is."""
+    kv_dtype: str = ""
+    """Of K and V in HBM, where it is not the problem's."""
     workspace: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     """Tensors in HBM that are neither given nor wanted, by name."""
 
@@ -97,7 +100,7 @@ class Kernel:
         tensor = TENSORS.get(name) or self.workspace.get(name)
         if tensor is None:
             raise AttributeError(unknown("tensor", name, [*TENSORS, *self.workspace]))
-        return tensor
+        return tensor._replace(dtype=self.kv_dtype) if self.kv_dtype and name in ("K", "V") else tensor
 
     def arguments(self, name: str) -> tuple[str, ...]:
         """The axes of a tensor that a work tile does not fix, of `head`, `split` and `block`, in this order."""
@@ -152,6 +155,7 @@ class Schedule:
 
     BLOCK_M: int = switch(None, "query rows of a CTA's tile")
     BLOCK_N: int = switch(None, "keys of a KV tile")
+    pack_gqa: bool = switch(False, "query heads that share a KV head in one tile of the forward pass")
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
         """The launches of one call, in order."""
@@ -160,6 +164,10 @@ class Schedule:
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         """Values for the switches that were left at None."""
         raise NotImplementedError
+
+    def by_sms(self, problem: AttentionProblem, sms: int) -> dict[str, Any]:
+        """Values for switches that are still at None and that the host chooses by the number of SMs."""
+        return {}
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
         """What is wrong with this combination of switches, one line each."""
@@ -177,7 +185,7 @@ class Schedule:
     @classmethod
     def name(cls) -> str:
         """How the command line calls it."""
-        return cls.__name__.lower()
+        return re.sub(r"(?<=[a-z])(?=[A-Z])", "_", cls.__name__).lower()
 
     @classmethod
     def switches(cls) -> tuple[Switch, ...]:
@@ -189,8 +197,10 @@ class Schedule:
         )
 
     @classmethod
-    def configure(cls, problem: AttentionProblem, architecture: str, options: Mapping[str, Any]) -> Self:
-        """The schedule with `options` (values or text) set and the rest decided.
+    def configure(
+        cls, problem: AttentionProblem, architecture: str, options: Mapping[str, Any], sms: int = 1
+    ) -> Self:
+        """The schedule with `options` (values or text) set and the rest decided, for a GPU of so many SMs.
 
         Raises InputError with everything that does not fit: unknown switches, values of the wrong type, a mask,
         direction, dtype, dropout or architecture that the schedule has not.
@@ -232,9 +242,15 @@ class Schedule:
             if getattr(asked, key) is None:
                 values[key] = value
         schedule = cls(**values)
-        if complaints := schedule.complaints(problem):
+        complaints = schedule.complaints(problem)
+        if schedule.pack_gqa and problem.heads_per_kv > 1 and (problem.direction != "fwd" or problem.dropout):
+            complaints.append("pack_gqa is for a forward pass without dropout")
+        if complaints:
             raise InputError([f"schedule {cls.name()}: {line}" for line in complaints])
-        return schedule
+        for key, value in schedule.by_sms(problem, sms).items():
+            if getattr(schedule, key) is None:
+                values[key] = value
+        return cls(**values)
 
     def options(self) -> dict[str, Any]:
         """All switches with their values."""
