@@ -97,6 +97,8 @@ def run_kernels(
 
     Raises Infeasible where one does not fit, and Deadlock, Race or Hazard for a schedule that is wrong.
     """
+    if settings.tensors is not None:
+        _keep_kv(settings.tensors, schedule.kernels(problem))
     if schedule.pack_gqa and problem.heads_per_kv > 1:
         return _run_packed(problem, schedule, device, clock_mhz, settings, full)
     full = full or settings.tensors is not None or settings.draw is not None
@@ -104,8 +106,6 @@ def run_kernels(
     if settings.tensors is not None and problem.direction == "bwd":  # what the forward pass saves has to be there
         run_kernels(replace(problem, direction="fwd"), schedule, device, clock_mhz, settings)
     settings, kernels = replace(settings, l2={}), schedule.kernels(problem)
-    if settings.tensors is not None:
-        _keep_kv(settings.tensors, kernels)
     return [
         simulation(_device_of(kernel, device), clock_mhz, kernel, problem, settings).run() for kernel in kernels
     ]
