@@ -98,7 +98,7 @@ def run_kernels(
     Raises Infeasible where one does not fit, and Deadlock, Race or Hazard for a schedule that is wrong.
     """
     if settings.tensors is not None:
-        _keep_kv(settings.tensors, schedule.kernels(problem))
+        _prepare(settings.tensors, problem, schedule)
     if schedule.pack_gqa and problem.heads_per_kv > 1:
         return _run_packed(problem, schedule, device, clock_mhz, settings, full)
     full = full or settings.tensors is not None or settings.draw is not None
@@ -106,15 +106,18 @@ def run_kernels(
     if settings.tensors is not None and problem.direction == "bwd":  # what the forward pass saves has to be there
         run_kernels(replace(problem, direction="fwd"), schedule, device, clock_mhz, settings)
     settings, kernels = replace(settings, l2={}), schedule.kernels(problem)
-    return [
-        simulation(_device_of(kernel, device), clock_mhz, kernel, problem, settings).run() for kernel in kernels
-    ]
+    return [simulation(_device_of(kernel, device), clock_mhz, kernel, problem, settings).run() for kernel in kernels]
 
 
-def _keep_kv(tensors: dict[str, Any], kernels: Sequence[Kernel]) -> None:
-    """Where K and V are kept in a narrower dtype, the numbers of a functional run are those that are kept."""
+def _prepare(tensors: dict[str, Any], problem: AttentionProblem, schedule: Schedule) -> None:
+    """Quantize what is given to a functional run in fp8; where K and V are kept in 8 bits, its numbers are those that
+    are kept."""
+    from flashsim.numerics.functional import quantize_inputs
     from flashsim.numerics.rounding import round_to, saturate
 
+    kernels = schedule.kernels(problem)
+    if problem.dtype == "fp8":
+        quantize_inputs(tensors, kernels[-1].BLOCK_M, kernels[-1].BLOCK_N, schedule.options()["incoherent"])
     for dtype in {kernel.kv_dtype for kernel in kernels if kernel.kv_dtype}:
         form = "e4m3" if dtype == "fp8" else dtype
         for name in ("K", "V"):
@@ -187,6 +190,18 @@ def _fits_memory(problem: AttentionProblem, schedule: Schedule, device: DeviceSp
         )
 
 
+def _notes(problem: AttentionProblem, kernels: Sequence[Kernel]) -> Iterator[str]:
+    """What a reader of the result should know."""
+    if assumed := problem.mask_rule.assumed:
+        yield f"mask {problem.mask}: {assumed}"
+    for name, given, widths in (
+        ("head_dim", problem.head_dim, [kernel.widths(problem)[0] for kernel in kernels]),
+        ("head_dim_v", problem.head_dim_v, [kernel.widths(problem)[1] for kernel in kernels]),
+    ):
+        if (wide := max(widths)) > given:
+            yield f"{name} {given} is padded to {wide}: {(wide - given) / wide:.0%} of the products along it is waste"
+
+
 def _memory_byte(problem: AttentionProblem, schedule: Schedule) -> int:
     """Device memory of a call: what it is given, gives back, and needs beside them."""
     kept = {kernel.kv_dtype for kernel in schedule.kernels(problem) if kernel.kv_dtype}
@@ -244,7 +259,9 @@ def _result(
     tflops = problem.flops / time_us / 1e6
     kernels = schedule.kernels(problem)
     tile = {"BLOCK_M": kernels[0].BLOCK_M, "BLOCK_N": kernels[0].BLOCK_N}
-    peak = device.tensor.fp16_flop_per_clk * device.sm.count * clock / 1e6
+    narrow = problem.dtype == "fp8" and device.tensor.fp8_flop_per_clk
+    times = narrow / device.tensor.fp16_flop_per_clk if narrow else 1.0
+    peak = times * device.tensor.fp16_flop_per_clk * device.sm.count * clock / 1e6
     return Result(
         schedule=schedule.name(),
         gpu=device.name,
@@ -253,7 +270,7 @@ def _result(
         clock_mhz=clock,
         clock_source=source,
         peak_fraction=tflops / peak,
-        datasheet_fraction=tflops / device.tensor.fp16_tflops,
+        datasheet_fraction=tflops / (times * device.tensor.fp16_tflops),
         flops=problem.flops,
         flops_executed=sum(run.flop for run in runs),
         hbm_bytes=_hbm_bytes(runs),
@@ -271,5 +288,5 @@ def _result(
         problem={name: getattr(problem, name) for name in problem.__dataclass_fields__},
         flashsim_version=version(),
         device_hash=device.device_hash,
-        notes=(f"mask {problem.mask}: {assumed}",) if (assumed := problem.mask_rule.assumed) else (),
+        notes=tuple(_notes(problem, kernels)),
     )

@@ -30,6 +30,10 @@ LOAD_AFTER = "the load of V is issued behind the product, not before it, and is 
 LOADS_SWAPPED = "the loads of P and V are issued in the other order, and both are awaited before the product"
 PRODUCT_BEFORE_TURN = "the product waits for all of its operands, but not for its turn: " + TIME_ONLY
 REGISTERS_ONLY = "the store before it reads registers, which no other warpgroup can touch"
+BEHIND_PV = "dS is read behind the barrier that follows, which comes after the product with P"
+LOADS_AFTER = "the loads for the next step are issued behind the product, not before it: it costs time"
+PASSED_LATER = "the order is passed on behind the product, not before it: it costs time"
+ONE_WARPGROUP = "a check does not tell the four warps of one warpgroup apart, and there is one: the barrier costs time"
 NOTHING_HANDED_ON = "the turn that is passed on before it is no part of what Q's release says"
 
 EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
@@ -58,6 +62,29 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
         ("program", "yield wg.gemm(s.Q.rows(*my_rows), s.K.T, into=r.S)", "earlier"): LOAD_AFTER,
         ("program", "yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)", "not awaited"): SCOREBOARD,
     },
+    "fa2_backward": {
+        **dict.fromkeys(
+            [
+                ("program", "yield wg.gemm(Q, mine(s.K.T), into=r.S)", "not awaited"),
+                ("program", "yield wg.gemm(s.dO, mine(s.V.T), into=r.dP)", "not awaited"),
+                ("program", "yield wg.gemm(s.P.T, mine(s.dO), into=r.dV, accumulate=True)", "not awaited"),
+                ("program", "yield wg.gemm(s.dS, mine(s.K), into=r.dQ)", "not awaited"),
+                ("program", "yield wg.gemm(s.dS.T, mine(Q), into=r.dK, accumulate=True)", "not awaited"),
+            ],
+            SCOREBOARD,
+        ),
+        ("program", "yield s.everybody.wait()", "earlier"): BEHIND_PV,
+        ("program", "yield wg.gemm(s.dS, mine(s.K), into=r.dQ)", "earlier"): LOADS_AFTER,
+        ("program", "yield wg.gemm(s.dS.T, mine(Q), into=r.dK, accumulate=True)", "earlier"): PASSED_LATER,
+    },
+    "split_kv": {
+        **{
+            ("attend", "yield s.everybody.wait()", change): ONE_WARPGROUP
+            for change in ("removed", "arrives only", "earlier")
+        },
+        ("attend", "yield wg.gemm(s.Q, s.K.T, into=r.S)", "not awaited"): SCOREBOARD,
+        ("attend", "yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)", "not awaited"): SCOREBOARD,
+    },
     "standard": {
         ("output", "yield wg.load(tile.V(j), into=s.right)", "earlier"): LOADS_SWAPPED,
     },
@@ -65,12 +92,15 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
 """By file of a built-in schedule: (function, statement, change)."""
 
 
+PARTS = ("backward", "fp8")
+"""Attributes of a schedule that are classes with kernels of their own."""
+
+
 def parts_of(schedule: type[Schedule]) -> tuple[type, ...]:
-    """The classes whose files make up a schedule: its own, and that of its backward pass if that is a neighbor."""
-    backward = getattr(schedule, "backward", None)
-    if not isinstance(backward, type) or backward.__module__ == schedule.__module__:
-        return (schedule,)
-    return (schedule, backward) if file_of(backward).parent == file_of(schedule).parent else (schedule,)
+    """The classes whose files make up a schedule: its own, and those of its `PARTS` that are neighbors."""
+    parts = [part for name in PARTS if isinstance(part := getattr(schedule, name, None), type)]
+    others = [part for part in parts if part.__module__ != schedule.__module__]
+    return (schedule, *[part for part in others if file_of(part).parent == file_of(schedule).parent])
 
 
 def file_of(kind: type) -> Path:

@@ -114,6 +114,8 @@ class Example:
         found = judge(self.problem, outcome.tensors, self.rounded, self.schedule.stores_scores)
         if not found.accepted:
             raise NotAccepted(f"wrong numbers: {_errors(self.problem, found, outcome.tensors)}")
+        if outcome.order_matters and self.options.get("deterministic"):
+            raise NotAccepted("it is to be deterministic, and something is summed in an order that depends on time")
         return outcome
 
     def check(self) -> None:

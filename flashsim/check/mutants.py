@@ -12,8 +12,8 @@ from itertools import pairwise
 
 VERBS = ("load", "store", "atomic_add", "gemm", "map", "reduce", "convert")
 """Calls that issue an operation: without `yield` they still do, and nobody waits for its end."""
-SIGNALS = ("release", "pass_on")
-OF_A_SLOT = ("full", "empty", "release")
+SIGNALS = ("release", "commit", "pass_on")
+OF_A_SLOT = ("full", "empty", "release", "commit")
 """Calls whose one argument says which item of a ring is meant."""
 STILL_A_GENERATOR = "yield from ()"
 """What stands for a wait that is gone: a function without any `yield` would be another kind of function."""

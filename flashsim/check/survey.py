@@ -21,7 +21,7 @@ from typing import Any
 
 from flashsim.analysis.parallel import in_order
 from flashsim.check.draw import NothingAccepted, drawn_examples
-from flashsim.check.equivalent import file_of, parts_of, reason_for, source_of
+from flashsim.check.equivalent import PARTS, file_of, parts_of, reason_for, source_of
 from flashsim.check.example import Example
 from flashsim.check.mutants import EXECUTED, Mutant, mutants_of, probed
 from flashsim.errors import InputError, SimulationError
@@ -205,11 +205,12 @@ def _traits(example: Example) -> set[frozenset[object]]:
 
 
 def _with_part(kind: type[Schedule], part: type, changed: type) -> type[Schedule]:
-    """`kind` with one of its parts changed: another class, or the same with another backward pass."""
+    """`kind` with one of its parts changed: another class, or the same with, say, another backward pass."""
     if issubclass(part, Schedule):
         assert issubclass(changed, Schedule)
         return changed
-    return type(kind.__name__, (kind,), {"backward": changed, "__module__": kind.__module__})
+    name = next(name for name in PARTS if getattr(kind, name, None) is part)
+    return type(kind.__name__, (kind,), {name: changed, "__module__": kind.__module__})
 
 
 def _load(text: str, kind: type) -> type:

@@ -174,6 +174,19 @@ class Library:
     stream_efficiency: float = field(metadata={"at_most": 1.0})
     """Fraction of `memory.hbm_peak_byte_per_ns` that elementwise kernels reach."""
 
+    indexed_efficiency: float = field(metadata={"at_most": 1.0})
+    """The same of elementwise kernels that find each element's place by divisions, since an operand is broadcast or
+    permuted; bytes of a broadcast operand are not counted."""
+
+    def byte_per_ns(self, hbm_peak_byte_per_ns: float, indexed: bool = False, flop_per_byte: float = 0.0) -> float:
+        """The HBM rate of an elementwise kernel, or of a product that does `flop_per_byte`.
+
+        Timing assumption: a product moves data as fast as a vectorized elementwise kernel, and not while the tensor
+        cores work, so that the two times add: the published rows of PyTorch's attention come out so.
+        """
+        efficiency = self.indexed_efficiency if indexed else self.stream_efficiency
+        return 1 / (1 / (efficiency * hbm_peak_byte_per_ns) + flop_per_byte / self.gemm_flop_per_ns)
+
 
 SECTIONS: Final[Mapping[str, type[Any]]] = {
     "clock": Clock,

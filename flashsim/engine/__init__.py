@@ -2,6 +2,7 @@
 
 from flashsim.engine.barrier import Barrier, Completion, PhaseWait, Turn, TurnWait, Wait
 from flashsim.engine.causality import Access, Clock, Memory, Part, Timeline, join
+from flashsim.engine.semaphore import Semaphore, SemaphoreWait
 from flashsim.engine.server import Server
 from flashsim.engine.simulation import Event, Simulation, Steps
 
@@ -14,6 +15,8 @@ __all__ = [
     "Memory",
     "Part",
     "PhaseWait",
+    "Semaphore",
+    "SemaphoreWait",
     "Server",
     "Simulation",
     "Steps",

@@ -14,7 +14,7 @@ from flashsim.machine.copies import Load, Store
 from flashsim.machine.operations import Batch, Overhead, Signal
 from flashsim.machine.products import AsyncProduct, SyncProduct
 from flashsim.machine.record import Record
-from flashsim.machine.statements import check_compute, check_copy, check_gemm
+from flashsim.machine.statements import SCALED, check_compute, check_copy, check_gemm, is_scalar
 from flashsim.machine.tiles import HbmTile, WorkTile
 from flashsim.machine.trace import slots_awaited
 from flashsim.schedules.base import Role
@@ -63,6 +63,8 @@ class Agent:
         self.record = Record(self) if cta.functional else None
         self.products_end = 0
         """Tick at which the last asynchronous product ends."""
+        self.last_store: Completion | None = None
+        """The last store by TMA."""
         self.waits_for: Wait | None = None
         self.finished = False
         tma = self.sm.costs.device.tma
@@ -240,7 +242,8 @@ class Agent:
         return completion
 
     def map(self, op: MapOp, *operands: Any, into: View) -> Completion:
-        views = tuple(operand for operand in operands if isinstance(operand, View | HbmTile))
+        scalars = [operand for operand in operands if is_scalar(operand)] if op in SCALED else []
+        views = tuple(o for o in operands if isinstance(o, View | HbmTile) and not any(o is s for s in scalars))
         return self._compute("map", op, views, into, operands)
 
     def reduce(self, op: ReduceOp, tile: View, into: View) -> Completion:

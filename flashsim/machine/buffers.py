@@ -202,6 +202,13 @@ class Ring:
             self.cta.trace.note(speaker, speaker.name, f"release of {name}", {name: "releases"}, speaker.sim.now)
         speaker.signal(lambda clock: self._release(slot, clock))
 
+    def commit(self, j: int) -> None:
+        slot, speaker = j % self.stages, self.cta.speaker
+        if self.cta.trace:
+            name = self.slots[slot].name
+            self.cta.trace.note(speaker, speaker.name, f"commit of {name}", {name: "commits"}, speaker.sim.now)
+        speaker.signal(lambda clock: self._full[slot].arrive(clock))
+
     def _release(self, slot: int, clock: Any) -> None:
         if self._empty[slot].arrive(clock) and self.cta.functional:
             self.slots[slot].poison("every consumer has released what was in it")

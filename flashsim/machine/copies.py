@@ -101,15 +101,21 @@ class Store:
             return
         tma = sm.costs.device.tma
         assert tma is not None
-        sim.start(self._travel(agent))
+        sim.start(self._travel(agent, agent.last_store))
+        agent.last_store = self.completion
         yield sim.at(sm.serve(sm.tma, ticks(tma.issue_clk)))
 
-    def _travel(self, agent: Agent) -> Steps:
+    def _travel(self, agent: Agent, before: Completion | None) -> Steps:
+        """`before` is the store of this warpgroup before this one: they complete in order, as bulk groups do."""
         sm, sim = agent.sm, agent.sim
         size = self.into.size_byte
         yield sim.at(sm.serve(sm.smem, sm.costs.smem(size)))
         yield sim.at(sm.serve(sm.link, agent.link_rate(size)) + sm.vary("memory", sm.memory.latency))
         yield sim.at(self._arrive(agent, size))
+        if before and not before.ready():
+            event = sim.event()
+            before.subscribe(event)
+            yield event
         if self.effect:
             self.effect()
         self.completion.done()

@@ -28,6 +28,13 @@ DROPOUT_INSTRUCTIONS = 9
 """Integer instructions per element of Philox4x32-10, compare and select: ten rounds of two wide multiplications and
 four exclusive ors a call, shared by the elements that use its bits. What dropout costs FlashAttention-1's rows."""
 
+PERMUTE_INSTRUCTIONS = 1
+"""Per element: two selects, two shuffles and two byte permutes for eight (hopper/utils.h, permute_Aregs_fp8), rounded up.
+Shuffles are counted as ALU work (assumed)."""
+TRANSPOSE_INSTRUCTIONS = 0.5
+"""Byte permutes per element of 8 bits that is transposed between shared memory and shared memory: two for each register
+of four (hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp, transpose of V by LDSM.T, PRMT and STSM)."""
+
 
 class Count(NamedTuple):
     """Thread instructions per element."""
@@ -49,10 +56,12 @@ MAP_COUNT = {
     "mul": Count(fma=1),
     "div": Count(fma=1),
     "lse": Count(fma=1, exp=1),
+    "permute": Count(alu=PERMUTE_INSTRUCTIONS),
+    "hadamard": Count(fma=1),  # for each of the log2(columns) steps
     "copy": Count(),  # a renaming
     "fill": Count(),  # the first product of a chain does not read its accumulator
 }
-REDUCE_COUNT = {"max": Count(alu=1), "sum": Count(fma=1)}
+REDUCE_COUNT = {"max": Count(alu=1), "abs_max": Count(alu=1), "sum": Count(fma=1)}
 
 
 @dataclass
@@ -119,31 +128,35 @@ class Costs:
         else:
             phase.work[unit] = phase.work.get(unit, 0) + duration
 
-    def wgmma(self, m: int, n: int, k: int, a_in_shared: bool) -> tuple[int, int]:
+    def wgmma(self, m: int, n: int, k_byte: int, a_in_shared: bool) -> tuple[int, int]:
         """(tensor core ticks, bytes read from shared memory) of an m x n x k product by one warpgroup.
 
-        m64nNk16 instructions; law of the issue interval as in `devices.spec.Wgmma`.
+        Instructions of 64 rows, n columns and 32 bytes along k: 16 elements of fp16, 32 of fp8, at the same rate of
+        bytes. Law of the issue interval as in `devices.spec.Wgmma`.
         """
         law = self.device.wgmma
         assert law is not None
         interval = law.clk_fixed + law.clk_per_n * n
         if a_in_shared:
             interval = max(interval, law.smem_clk_fixed + law.smem_clk_per_n * n)
-        instructions = -(-m // 64) * -(-k // 16)
+        instructions = -(-m // 64) * -(-k_byte // 32)
         read = instructions * (n * 32 + (64 * 32 if a_in_shared else 0))
         return ticks(instructions * interval), read
 
-    def mma_sync(self, m: int, n: int, k: int, a_in_shared: bool, warps: tuple[int, int]) -> tuple[int, int, int, int]:
+    def mma_sync(
+        self, m: int, n: int, k: int, in_shared: tuple[bool, bool], warps: tuple[int, int]
+    ) -> tuple[int, int, int, int]:
         """m x n x k by warps that share rows and columns: (steps of 16 along k, tensor ticks a step, LDSMs a step, port
         ticks an LDSM).
 
-        m16n8k16 instructions; each warp reads its own rows of A and its own columns of B, 512 bytes an LDSM. Four warps
-        have the tensor cores of a sub-partition each, fewer leave the rest to others.
+        m16n8k16 instructions; of A and B, those that are `in_shared` are read: each warp its own rows of A and its own
+        columns of B, 512 bytes an LDSM. Four warps have the tensor cores of a sub-partition each, fewer leave the rest
+        to others.
         """
         along_m, along_n = warps
         count = along_m * along_n
         instructions = -(-m // (16 * along_m)) * -(-n // (8 * along_n))
-        read = ((m * along_n if a_in_shared else 0) + n * along_m) * 32
+        read = (m * along_n * in_shared[0] + n * along_m * in_shared[1]) * 32
         ldsms = -(-read // (count * LDSM_BYTE))
         duration = ticks(instructions * self.device.tensor.mma_sync_clk * count / 4)
-        return -(-k // 16), duration, ldsms, self.smem(read) // ldsms
+        return -(-k // 16), duration, ldsms, self.smem(read) // max(ldsms, 1)

@@ -12,6 +12,7 @@ from flashsim.errors import Deadlock, EndlessRun
 from flashsim.machine.agent import Agent
 from flashsim.machine.buffers import Buffer, Ring, View
 from flashsim.machine.options import Options
+from flashsim.machine.order import Order
 from flashsim.machine.sm import SM
 from flashsim.machine.tiles import Coordinates, Shortened, WorkTile
 from flashsim.problem import AttentionProblem
@@ -41,6 +42,7 @@ class CTA:
         self.rounded = options.rounded
         self.trace = options.trace
         self.hbm = options.hbm
+        self._counters = options.counters
         self._next_tile = next_tile
         self._on_exit = on_exit
         self._tiles: list[WorkTile] = []
@@ -114,8 +116,10 @@ class CTA:
         self._rings.append(ring)
         return ring
 
-    def overlay(self, name: str, shape: tuple[int, int], consumers: int, over: Ring) -> Ring:
-        ring = self.ring(name, shape, 1, consumers)
+    def overlay(
+        self, name: str, shape: tuple[int, int], consumers: int, over: Ring, dtype: str | None = None
+    ) -> Ring:
+        ring = self.ring(name, shape, 1, consumers, dtype)
         for slot in over.slots:
             ring.slots[0].overlay(slot)
         return ring
@@ -127,6 +131,10 @@ class CTA:
         sync = Sync(self, name, warpgroups)
         self._syncs.append(sync)
         return sync
+
+    def order(self, name: str, warpgroups: int) -> Order:
+        assert self._counters is not None
+        return Order(self, self._counters, name, warpgroups)
 
     def turn(self, name: str, warpgroups: int) -> Turn | NoTurn:
         if not warpgroups:

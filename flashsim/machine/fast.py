@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from flashsim.devices import DeviceSpec
-from flashsim.engine import Simulation, Steps
+from flashsim.engine import Event, Simulation, Steps
 from flashsim.machine.feasibility import fit
 from flashsim.machine.gpu import KernelRun
 from flashsim.machine.grid import WorkTiles, tile_count
@@ -90,6 +90,14 @@ class _Cta:
         self.host.working += not self.working
         self.working = True
 
+    def stand_still(self, event: Event) -> Steps:
+        """Until `event`."""
+        self.host.working -= self.working
+        self.working = False
+        yield event
+        self.working = True
+        self.host.working += 1
+
     def leave(self) -> None:
         """The CTA has ended."""
         self.host.working -= self.working
@@ -135,6 +143,7 @@ class FastSimulation:
         shared = SharedMemory(sim, costs, tma, self.options.seed, self.options.held_by(k.name))
         self._memory = PrivateMemory(sim, costs, tma, k.is_common) if self.options.private_memory else shared
         self._done: dict[TileClass, int] = {}
+        self._passed: dict[Coordinates, Event] = {}
         sms = [_Sm() for _ in range(self.device.sm.count)]
         launch = self._end = costs.ns(self.device.launch.kernel_us * 1000)
         interval = costs.ns(self.device.launch.cta_interval_ns)
@@ -194,12 +203,31 @@ class FastSimulation:
         """Go on to `until` in the CTA's own time, past every mark on the way."""
         while pending and pending[0].time <= until:
             due = pending.popleft()
-            if due.mark.needed:
+            if due.mark.what.how == "turn":
+                yield from self._await_turn(cta, due)
+            elif due.mark.what.how == "pass":
+                yield from cta.go_on(due.time)
+                self._sim.fire(self._passing(due.where))
+            elif due.mark.needed:
                 yield from cta.need(due.time, due.arrivals[due.mark.number] - (due.mark.due - due.mark.time))
             else:
                 yield from cta.go_on(due.time)
                 due.arrivals[due.mark.number] = self._move(due.mark, due.where)
         yield from cta.go_on(until)
+
+    def _await_turn(self, cta: _Cta, due: _Due) -> Steps:
+        """Wait for the work tile before this one, if it begins with the same block: from then on it is ahead."""
+        yield from cta.go_on(due.time)
+        where, walk = due.where, self._probe.walk_at(due.where)
+        before = where._replace(block=where.block - 1)
+        if where.block and self._probe.walk_at(before).first == walk.first:
+            event = self._passing(before)
+            if not event.triggered:
+                yield from cta.stand_still(event)
+
+    def _passing(self, where: Coordinates) -> Event:
+        """When the work tile there first lets the next one go on."""
+        return self._passed.setdefault(where, self._sim.event())
 
     def _move(self, mark: Mark, where: Coordinates) -> int:
         """Let the memory have what moves at `mark`; returns when it can go on."""

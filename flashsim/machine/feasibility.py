@@ -87,8 +87,10 @@ class SharedNeed:
         self.parts[name] = stages * (self._byte(shape, dtype) + BARRIER_BYTE)
         return name
 
-    def overlay(self, name: str, shape: tuple[int, int], consumers: int, over: Any) -> Any:
-        self.parts[name] = max(0, self._byte(shape, None) - self.parts[over]) + BARRIER_BYTE
+    def overlay(
+        self, name: str, shape: tuple[int, int], consumers: int, over: Any, dtype: str | None = None
+    ) -> Any:
+        self.parts[name] = max(0, self._byte(shape, dtype) - self.parts[over]) + BARRIER_BYTE
         return name
 
     def slot(self, name: str, shape: tuple[int, int], dtype: str | None = None) -> Any:
@@ -99,6 +101,9 @@ class SharedNeed:
         return name
 
     def turn(self, name: str, warpgroups: int) -> Any:
+        return name
+
+    def order(self, name: str, warpgroups: int) -> Any:
         return name
 
     def _byte(self, shape: tuple[int, int], dtype: str | None) -> int:

@@ -16,6 +16,7 @@ from flashsim.machine.feasibility import fit
 from flashsim.machine.grid import WorkTiles
 from flashsim.machine.memory import PrivateMemory, SharedMemory
 from flashsim.machine.options import EVENTS_PER_KV_TILE, Options
+from flashsim.machine.order import SharedCounters
 from flashsim.machine.shared_hbm import SharedHbm
 from flashsim.machine.sm import SM, UNITS
 from flashsim.machine.tiles import Coordinates
@@ -91,6 +92,7 @@ class FullSimulation:
             _allocate(o.tensors, k, self.problem)
         per_sm = fit(k, self.problem, self.device).ctas_per_sm
         sim = self._sim = Simulation()
+        o = replace(o, counters=SharedCounters(sim))
         costs = Costs(self.device, self.clock_mhz)
         tma = k.copy == "tma"
         shared = SharedMemory(sim, costs, tma, o.seed, o.held_by(k.name))

@@ -7,18 +7,21 @@ numbers, at the tick at which the operation ends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from flashsim.engine import Clock, Completion, Steps
 from flashsim.machine.buffers import View
-from flashsim.machine.costs import EXP_CHUNKS, MAP_COUNT, REDUCE_COUNT, THREADS, Phase
+from flashsim.machine.costs import EXP_CHUNKS, MAP_COUNT, REDUCE_COUNT, THREADS, TRANSPOSE_INSTRUCTIONS, Count, Phase
+from flashsim.schedules.tensors import WIDTHS
 from flashsim.units import ticks
 
 if TYPE_CHECKING:
     from flashsim.machine.agent import Agent
 
 Effect = Callable[[], None] | None
+TRANSPOSE = Count(alu=TRANSPOSE_INSTRUCTIONS)
 
 
 class Signal:
@@ -37,7 +40,7 @@ class Signal:
 
 
 class Overhead:
-    """Instructions of the loop around the verbs."""
+    """Instructions of the loop around the verbs, which every warp issues."""
 
     __slots__ = ("instructions",)
 
@@ -45,18 +48,17 @@ class Overhead:
         self.instructions = instructions
 
     def perform(self, agent: Agent) -> Steps:
-        costs = agent.sm.costs
-        yield agent.sim.at(
-            agent.sm.serve(agent.sm.units["issue"], ticks(self.instructions * costs.clk_per_instruction["issue"]))
-        )
+        each = agent.sm.costs.clk_per_instruction["issue"] * agent.role.warps / 4
+        yield agent.sim.at(agent.sm.serve(agent.sm.units["issue"], ticks(self.instructions * each)))
 
 
 class Batch:
     """Register operations that follow each other in the text: map, reduce, convert.
 
     Timing assumption: the compiler interleaves them, so units work side by side and an element passes from one to the
-    next as soon as it is there; only a use of a row maximum has to wait until the whole row has been seen. So a batch
-    is a sequence of phases: in each, every unit does its share of the work, and the slowest decides.
+    next as soon as it is there; only a use of a row maximum has to wait until the whole row has been seen, as a row sum
+    does that others are to see. What is read from shared memory is asked for when a phase begins, all at once. So a
+    batch is a sequence of phases: in each, every unit does its share of the work, and the slowest decides.
     """
 
     __slots__ = ("completion", "effects", "keys", "operations")
@@ -92,24 +94,35 @@ class Batch:
 def plan(agent: Agent, operations: list[tuple[str, str, tuple[View, ...], View]]) -> list[Phase]:
     """The phases of a batch; see `Batch`. Operations without work make no phase."""
     costs = agent.sm.costs
-    phases = [Phase()]
+    phases = [Phase(), Phase()]  # in turn: what is read from shared memory, and what is done with it
     maxima: set[int] = set()
+    sums: set[int] = set()
     for verb, op, operands, into in operations:
-        if any(id(operand.buffer) in maxima for operand in operands):
+        reduced = maxima | sums if verb == "convert" and into.place == "shared" else maxima
+        if any(id(operand.buffer) in reduced for operand in operands):
             phases[-1].latency = costs.row_reduce
-            phases.append(Phase())
+            phases += Phase(), Phase()
             maxima.clear()
+            sums.clear()
+        fetched = sum(operand.size_byte for operand in operands if operand.place == "shared")
+        if fetched:
+            phases[-2].work["smem"] = phases[-2].work.get("smem", 0) + costs.smem(fetched)
+            phases[-2].latency = costs.smem_latency
         tile = operands[0] if operands else into
         # A row vector: one value for each row, held by the four threads of a quad.
         values = tile.shape[0] / 32 if tile.shape[1] == 1 else tile.shape[0] * tile.shape[1] / THREADS
         if verb == "map":
-            costs.add(phases[-1], MAP_COUNT[op], values)
+            steps = math.log2(tile.shape[1]) if op == "hadamard" else 1
+            costs.add(phases[-1], MAP_COUNT[op], steps * values)
         elif verb == "reduce":
             costs.add(phases[-1], REDUCE_COUNT[op], values)
-            if op == "max":
-                maxima.add(id(into.buffer))
+            if tile.place == "registers":  # its row lies in the four threads of a quad
+                (sums if op == "sum" else maxima).add(id(into.buffer))
         else:
-            costs.add_pack(phases[-1], values)
+            if WIDTHS[into.dtype] < WIDTHS[tile.dtype]:
+                costs.add_pack(phases[-1], values)
+            elif tile.flipped and WIDTHS[tile.dtype] == 1:
+                costs.add(phases[-1], TRANSPOSE, values)
             if into.place == "shared":
                 phases[-1].work["smem"] = phases[-1].work.get("smem", 0) + costs.smem(into.size_byte)
                 phases[-1].latency = costs.smem_latency

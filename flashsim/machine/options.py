@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashsim.machine.memory import Key
+from flashsim.machine.order import Counters
 from flashsim.machine.shared_hbm import SharedHbm
 from flashsim.machine.sm import Draw
 from flashsim.machine.trace import Trace
@@ -33,6 +34,8 @@ class Options:
     """In a functional run, the accesses to HBM of one kernel."""
     l2: dict[str, OrderedDict[Key, tuple[int, int, bool]]] | None = None
     """What L2 holds after a kernel, by its name, for launches of one kernel that follow each other; None: nothing."""
+    counters: Counters | None = None
+    """By which the CTAs of one kernel take turns."""
     trace: Trace | None = None
     """In a functional run, note here what everybody does."""
 

@@ -151,6 +151,10 @@ class Pace:
 
         marks: list[Mark] = []
         for what, times in trace.moves[len(tiles) - 1].items():
+            if not what.moves:
+                at = times[0] - start
+                marks.append(Mark(at, at, what, what.how == "turn", Piece(0, 0, 0), len(marks)))
+                continue
             expected = self.probe.miss if what.is_load and not self.probe.kernel.is_common(what.tensor) else 0
             once = Piece(0, 1, trace.once_byte[len(tiles) - 1][what])
             for piece in self._pieces(what.tensor, tile, offset) if self._streams(what.tensor) else (once,):
@@ -159,7 +163,7 @@ class Pace:
                 else:  # once: loads are at the start of a work tile, stores at its end
                     at = times[0] - start + (0 if what.is_load else longer)
                 slack, held = self._slack(what, len(tiles) == 1, piece.item)
-                number = len(marks) // 2
+                number = len(marks)
                 marks.append(Mark(at, at, what, False, piece, number))
                 marks.append(Mark(at + max(1, held), at + expected + slack * piece.items, what, True, piece, number))
         marks.sort(key=lambda mark: (mark.time, not mark.needed))

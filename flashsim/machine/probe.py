@@ -13,7 +13,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from flashsim.devices import DeviceSpec
-from flashsim.engine import Simulation
+from flashsim.engine import Semaphore, Simulation
 from flashsim.machine.costs import Costs
 from flashsim.machine.cta import CTA, run_to_end
 from flashsim.machine.grid import grid_heads
@@ -51,7 +51,12 @@ class What(NamedTuple):
 
     tensor: str
     how: str
-    """`fetch`, `write` or `add`: what the memory is asked for."""
+    """`fetch`, `write` or `add`: what the memory is asked for. Or `turn` and `pass`: a work tile waits for the one
+    before it in the same head, and lets the next one go on."""
+
+    @property
+    def moves(self) -> bool:
+        return self.how not in ("turn", "pass")
 
     @property
     def is_load(self) -> bool:
@@ -158,7 +163,7 @@ class Probe:
         """What a work tile loads, stores or adds to."""
         tile = self.typical
         trace = self.run([tile._replace(count=min(tile.count, 2), partial=min(tile.partial, 2), partial_end=0)])
-        return {what.tensor for what in trace.moves[0]}
+        return {what.tensor for what in trace.moves[0] if what.moves}
 
     def work_tile(self, tile: TileClass) -> WorkTile:
         """A work tile of this class."""
@@ -194,6 +199,7 @@ class Probe:
         sim = Simulation()
         todo = [self._shortened(tile, number) for number, tile in enumerate(tiles)]
         memory = _WatchedMemory(sim, self.costs, k, [tile.walk.first for tile in todo], late, seed)
+        counters = _WatchedCounters(sim, memory)
         sm = SM(sim, self.costs, memory)
         sm.walks = []
         todo.reverse()
@@ -208,7 +214,7 @@ class Probe:
         def start_one() -> None:
             one = [ask()] if k.grid.launch == "cta" else []
             tiles = (lambda: one.pop() if one else None) if k.grid.launch == "cta" else ask
-            running.append(CTA(sm, k, self._long, tiles, done, Options()))
+            running.append(CTA(sm, k, self._long, tiles, done, Options(counters=counters)))
             running[-1].start()
 
         def done(cta: CTA) -> None:
@@ -237,6 +243,22 @@ def _walk(tile: TileClass, first: int) -> KVWalk:
     return KVWalk(range(first, first - tile.count, -1), tile.partial, tile.partial_end)
 
 
+class _WatchedCounters:
+    """For a work tile that has nobody before it; notes when it has its first turn, and when it passes on."""
+
+    def __init__(self, sim: Simulation, memory: _WatchedMemory) -> None:
+        self._sim = sim
+        self._memory = memory
+        self._passed: set[tuple[str, int]] = set()
+
+    def of(self, name: str, tile: WorkTile, j: int, each: int) -> tuple[Semaphore, int]:
+        self._memory.note_turn(name, tile.where.batch, "turn")
+        return Semaphore(self._sim, name, each), 0
+
+    def passed(self, name: str, tile: WorkTile, j: int) -> None:
+        self._memory.note_turn(name, tile.where.batch, "pass")
+
+
 class _WatchedMemory(PrivateMemory):
     """Notes what moves when, and lets one thing come late."""
 
@@ -262,6 +284,10 @@ class _WatchedMemory(PrivateMemory):
 
     def add(self, key: Key, size_byte: int) -> int:
         return super().add(key, size_byte) + self._note(key, "add", size_byte)
+
+    def note_turn(self, name: str, tile: int, how: str) -> None:
+        """Of one work tile, the first of each."""
+        self.moves[tile].setdefault(What(name, how), {}).setdefault(0, self.sim.now)
 
     def _note(self, key: Key, how: str, size_byte: int) -> int:
         """By how many ticks this is to be late."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flashsim.engine import Completion, Steps
+from flashsim.errors import SimulationError
 from flashsim.machine.buffers import View
 from flashsim.machine.operations import Effect
+from flashsim.schedules.tensors import WIDTHS
 
 if TYPE_CHECKING:
     from flashsim.machine.agent import Agent
@@ -43,10 +45,16 @@ class AsyncProduct(Product):
     group completion times quoted in the device file).
     """
 
+    def __init__(self, a: View, b: View, into: View, completion: Completion, effect: Effect) -> None:
+        if b.place != "shared":
+            raise SimulationError(f"gemm by wgmma reads its second operand from shared memory, got {b} ({b.place})")
+        super().__init__(a, b, into, completion, effect)
+
     def perform(self, agent: Agent) -> Steps:
         sm, sim = agent.sm, agent.sim
         self._count(sm)
-        duration, read = sm.costs.wgmma(self.a.shape[0], self.b.shape[1], self.a.shape[1], self.a.place == "shared")
+        k_byte = self.a.shape[1] * WIDTHS[self.a.dtype]
+        duration, read = sm.costs.wgmma(self.a.shape[0], self.b.shape[1], k_byte, self.a.place == "shared")
         if sim.now >= agent.products_end:
             yield sim.at(sim.now + sm.vary("fill", sm.costs.wgmma_fill))
         accepted = sm.serve(sm.tensor, duration)
@@ -59,7 +67,7 @@ class AsyncProduct(Product):
 
 
 class SyncProduct(Product):
-    """A product by mma.sync, its operands fetched by LDSM.
+    """A product by mma.sync; those of its operands that are not in registers are fetched by LDSM.
 
     Timing assumption: in each warp, the LDSMs of step k + 1 stand before the MMAs of step k in program order and each
     holds the warp until the port has served it, so port and tensor time add; they overlap with those of other warps
@@ -71,14 +79,15 @@ class SyncProduct(Product):
         sm, sim, costs = agent.sm, agent.sim, agent.sm.costs
         self._count(sm)
         m, k, n = *self.a.shape, self.b.shape[1]
-        steps, mma, ldsms, ldsm = costs.mma_sync(m, n, k, self.a.place == "shared", self.into.buffer.warps)
+        in_shared = self.a.place == "shared", self.b.place == "shared"
+        steps, mma, ldsms, ldsm = costs.mma_sync(m, n, k, in_shared, self.into.buffer.warps)
         for step in range(steps + 1):
             fragments = sim.now  # of step - 1, whose LDSMs were the last to be served
             if step < steps:
                 for _ in range(ldsms):
                     yield sim.at(sm.serve(sm.smem, ldsm))
             if step > 0:
-                there = fragments + sm.vary("latency", costs.smem_latency)
+                there = fragments + sm.vary("latency", costs.smem_latency if ldsms else 0)
                 if there > sim.now:
                     yield sim.at(there)
                 yield sim.at(sm.serve(sm.tensor, mma))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flashsim.engine import Access, Clock, Completion, Part, Timeline
 from flashsim.errors import FlashsimError, SimulationError
 from flashsim.machine.buffers import Buffer, View
+from flashsim.machine.statements import SCALED, is_scalar
 from flashsim.machine.tiles import HbmTile
 from flashsim.machine.trace import Touch
 from flashsim.schedules.tensors import INPUTS
@@ -89,9 +90,10 @@ class Record:
     def _round(self, array: Any, dtype: str) -> Any:
         if not self.agent.cta.rounded:
             return array
-        from flashsim.numerics.rounding import round_to
+        from flashsim.numerics.rounding import round_to, saturate
 
-        return round_to(array, dtype)
+        # cvt.rn.satfinite is the only conversion to 8 bits that there is.
+        return round_to(saturate(array, "e4m3"), "e4m3") if dtype == "fp8" else round_to(array, dtype)
 
     def unawaited(self, known: Clock) -> list[str]:
         """Operations whose end nobody knows of, given what everybody knows together."""
@@ -155,7 +157,8 @@ class Record:
 
     def compute(self, verb: str, op: str, views: tuple[View, ...], into: View, operands: tuple[Any, ...]) -> Effect:
         """A register operation, ordered by the scoreboard."""
-        from flashsim.numerics.verbs import MAP, REDUCE
+        from flashsim.numerics.hadamard import hadamard_transform
+        from flashsim.numerics.verbs import HADAMARD_SEED, MAP, REDUCE
 
         number, known = self.timeline.step(), self.timeline.clock
         what = f"{verb}({', '.join([op] * bool(op) + [str(v) for v in views])}, into={into})"
@@ -165,6 +168,10 @@ class Record:
             self._read(view, self.timeline, number, known, what)
         self._write(into, self.timeline, number, known, what)
         scale = 1.0 if self.agent.cta.kernel.scaled_scores else self.agent.problem.softmax_scale
+        scalars = [operand for operand in operands if is_scalar(operand)] if op in SCALED else []
+        for scalar in scalars:
+            if isinstance(scalar, HbmTile):
+                self._in_hbm(scalar, self.timeline, number, known, what, "read")
 
         def effect() -> None:
             import numpy as np
@@ -178,8 +185,15 @@ class Record:
                 result = arrays[0] * self._kept(views[0], *operands[1:]) / (1 - self.agent.problem.dropout)
             elif op == "scale":
                 result = scale * arrays[0]
-            elif verb == "map" and op != "copy":
-                result = MAP[op](arrays[0], arrays[1], scale)
+            elif op == "hadamard":
+                result = hadamard_transform(arrays[0], HADAMARD_SEED)
+            elif verb == "map" and op not in ("copy", "permute"):
+                factors = [s.read(self.agent.cta.tensors or {}) if isinstance(s, HbmTile) else s for s in scalars]
+                result = arrays[0]
+                for other in arrays[1:]:
+                    result = MAP[op](result, other, scale)
+                for factor in factors:
+                    result = MAP["div" if op == "div" else "mul"](result, np.asarray(factor, dtype=np.float64), scale)
             elif verb == "reduce":
                 result = REDUCE[op](arrays[0], into.numbers())
             else:

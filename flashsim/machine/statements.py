@@ -10,8 +10,19 @@ from flashsim.machine.costs import MAP_COUNT, REDUCE_COUNT
 from flashsim.machine.tiles import HbmTile, WorkTile
 from flashsim.schedules.tensors import WIDTHS
 
-OPERANDS = {"fill": 0, "mask": 1, "dropout": 1, "scale": 1, "copy": 1}
+OPERANDS = {"permute": 1, "hadamard": 1, "fill": 0, "mask": 1, "dropout": 1, "scale": 1, "copy": 1}
 """Tiles that a map takes; two if it is not named here."""
+
+
+SCALED = ("exp", "mul", "div")
+"""Maps that take numbers, and tiles of one element in HBM, beside tiles."""
+
+
+def is_scalar(operand: Any) -> bool:
+    """A number, or a tile of one element in HBM, which is read as an operand and needs no load."""
+    if isinstance(operand, HbmTile):
+        return operand.shape == (1, 1)
+    return isinstance(operand, int | float) and not isinstance(operand, bool)
 
 
 def check_copy(verb: str, source: Any, into: Any) -> None:
@@ -31,11 +42,10 @@ def check_gemm(a: Any, b: Any, into: Any) -> None:
             raise SimulationError(f"gemm takes tiles in shared memory and registers, got {operand}")
     if a.shape[1] != b.shape[0] or into.shape != (a.shape[0], b.shape[1]):
         raise SimulationError(f"gemm of {a.shape} and {b.shape} into {into.shape}: shapes do not fit")
-    if b.place != "shared" or into.place != "registers":
-        raise SimulationError(
-            f"gemm reads its second operand from shared memory and accumulates in registers, got {b} ({b.place}) and "
-            f"{into} ({into.place})"
-        )
+    if into.place != "registers":
+        raise SimulationError(f"gemm accumulates in registers, got {into} ({into.place})")
+    if WIDTHS[b.dtype] == 1 and not b.flipped:
+        raise SimulationError(f"gemm of 8 bits reads {b} along k: its tile must hold the transpose")
     if a.dtype != b.dtype or WIDTHS[a.dtype] > 2:
         raise SimulationError(f"gemm of {a.dtype} and {b.dtype}: both must be of one dtype, of 16 bits or less")
 
@@ -50,11 +60,12 @@ def check_compute(verb: str, op: str, views: tuple[Any, ...], into: Any, operand
     if known and op not in known:
         raise SimulationError(unknown(f"operation of {verb}", op, known))
     wanted = OPERANDS.get(op, 2) if verb == "map" else 1
-    if len(views) != wanted:
+    scaled = any(is_scalar(operand) for operand in operands) and op in ("mul", "div")
+    if len(views) != wanted and not (scaled and len(views) == 1):
         raise SimulationError(f"{what} takes {wanted} tiles, got {len(views)}")
     first = views[0].shape if views else into.shape
     result = (first[0], 1) if verb == "reduce" else first
-    seconds = (first, (first[0], 1))
+    seconds = (first, (first[0], 1), (1, 1))
     if into.shape != result or any(view.shape not in seconds for view in views[1:]):
         shapes = " and ".join(str(view.shape) for view in views)
         raise SimulationError(f"{what} of {shapes} into {into.shape}: shapes do not fit")

@@ -11,16 +11,20 @@ from flashsim.errors import InputError
 from flashsim.numerics.bounds import rounding_bounds
 from flashsim.numerics.compare import (
     compare_exact,
+    compare_fp8,
     compare_gradients,
     compare_gradients_exact,
     compare_rounded,
     gradient_errors,
 )
 from flashsim.numerics.eager import eager_attention
+from flashsim.numerics.fp8 import emulated_attention, fp8_bounds, quantize
 from flashsim.numerics.gradient_bounds import gradient_bounds
 from flashsim.numerics.gradients import Gradients, attention_gradients_reference, eager_gradients
+from flashsim.numerics.hadamard import hadamard_transform
 from flashsim.numerics.layout import Float
 from flashsim.numerics.reference import attention_reference
+from flashsim.numerics.verbs import HADAMARD_SEED
 from flashsim.result import Functional
 
 if TYPE_CHECKING:
@@ -55,13 +59,42 @@ def run_tensors(problem: AttentionProblem, q: Float, k: Float, v: Float, do: Flo
     return given | {name: np.full(shape, np.nan) for name, shape in wanted.items()}
 
 
+def quantize_inputs(tensors: dict[str, Any], BLOCK_M: int, BLOCK_N: int, incoherent: str) -> None:
+    """Replace Q, K and V by e4m3 codes and their scales, one for each block of rows.
+
+    incoherent: Q and K are multiplied by a Hadamard matrix before that (`fused`), or the kernels do both (`separate`),
+    and find them as they are in Q_16 and K_16.
+    """
+    for name, block in (("Q", BLOCK_M), ("K", BLOCK_N), ("V", BLOCK_N)):
+        values = tensors[name]
+        if incoherent == "separate" and name != "V":
+            tensors[f"{name}_16"] = values
+            tensors[f"{name}_scale"] = np.full((*values.shape[:3], 1), np.nan)
+            continue
+        if incoherent == "fused" and name != "V":
+            values = hadamard_transform(values, HADAMARD_SEED)
+        found = quantize(values, block)
+        tensors[name] = found.codes
+        tensors[f"{name}_scale"] = np.repeat(found.scales, block, axis=1)[:, : values.shape[1], :, None]
+
+
+def _dequantized(tensors: dict[str, Any], name: str) -> Float:
+    """What the codes of Q, K or V stand for; a kernel writes the scale of a block into its first row."""
+    scale = tensors[f"{name}_scale"]
+    last = np.maximum.accumulate(np.where(np.isnan(scale), 0, np.arange(scale.shape[1])[:, None, None]), axis=1)
+    values: Float = tensors.get(f"{name}_fp8", tensors[name]) * np.take_along_axis(scale, last, axis=1)
+    return values
+
+
 def judge(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool, stores_scores: bool = False) -> Functional:
     """What the run wrote into `tensors`, against float64 naive attention: to 1e-9, or by the rule for low precision.
 
     `stores_scores`: the schedule rounds S to the problem's dtype, as unfused attention does.
     """
-    q, k, v = tensors["Q"], tensors["K"], tensors["V"]
     mask, dropout = problem.mask, problem.dropout
+    if problem.dtype == "fp8":
+        return _judge_fp8(problem, tensors, rounded)
+    q, k, v = tensors["Q"], tensors["K"], tensors["V"]
     o, lse = attention_reference(q, k, v, mask, dropout=dropout)
     mine, mine_lse = tensors["O"], tensors["LSE"].transpose(0, 2, 1)
     if rounded:
@@ -75,6 +108,19 @@ def judge(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool, sto
         return found
     errors, accepted = _judge_gradients(problem, tensors, rounded)
     return replace(found, gradient_max_abs_error=errors, accepted=found.accepted and accepted)
+
+
+def _judge_fp8(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool) -> Functional:
+    """As `judge`, against attention of what the quantized tensors stand for."""
+    q, k, v = (_dequantized(tensors, name) for name in ("Q", "K", "V"))
+    o, lse = attention_reference(q, k, v, problem.mask)
+    mine, mine_lse = tensors["O"], tensors["LSE"].transpose(0, 2, 1)
+    found = compare_exact(mine, mine_lse, o, lse, v)
+    if not rounded:
+        return found
+    twin = emulated_attention(q, k, v, problem.output_dtype, problem.mask)
+    bounds = fp8_bounds(q, k, v, problem.output_dtype, problem.mask)
+    return replace(found, accepted=compare_fp8(mine, mine_lse, o, lse, twin, bounds).accepted)
 
 
 def _judge_gradients(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 def random_inputs(problem: AttentionProblem, seed: int, scale: float = 1.0) -> tuple[Float, Float, Float]:
     """q (B, Sq, Hq, D), k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv): normal, with standard deviation `scale`.
 
-    The float64 values are those of the problem's dtype, so a kernel reads them without error. The same problem and
+    The float64 values are those of the problem's dtype (bf16 before fp8), so a kernel reads them without error. The same problem and
     seed give the same tensors on every machine (NumPy's PCG64).
     """
     import numpy as np
@@ -25,7 +25,7 @@ def random_inputs(problem: AttentionProblem, seed: int, scale: float = 1.0) -> t
         (problem.batch, problem.seqlen_k, problem.heads_kv, problem.head_dim),
         (problem.batch, problem.seqlen_k, problem.heads_kv, problem.head_dim_v),
     )
-    q, k, v = (round_to(scale * generator.standard_normal(shape), problem.dtype) for shape in shapes)
+    q, k, v = (round_to(scale * generator.standard_normal(shape), problem.output_dtype) for shape in shapes)
     return q, k, v
 
 

@@ -24,8 +24,12 @@ MAP: dict[str, Callable[[Array, Array, float], Array]] = {
 }
 """Elementwise verbs of two operands; the last argument is the softmax scale."""
 
+HADAMARD_SEED = 0
+"""Of the random signs: Q and K are multiplied by the same matrix."""
+
 REDUCE: dict[str, Callable[[Array, Array], Array]] = {
     "max": lambda tile, into: np.maximum(into, tile.max(axis=1, keepdims=True)),
+    "abs_max": lambda tile, into: np.maximum(into, np.abs(tile).max(axis=1, keepdims=True)),
     "sum": lambda tile, into: into + tile.sum(axis=1, keepdims=True),
 }
 """Row reductions that accumulate."""

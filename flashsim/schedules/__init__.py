@@ -13,7 +13,7 @@ from flashsim.errors import InputError, line_of, unknown
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, Switch, switch
 from flashsim.watchdog import Stuck, Watchdog
 
-BUILT_IN = {"standard": "Standard", "fa2": "FA2", "fa3": "FA3", "split_kv": "SplitKV"}
+BUILT_IN = {"standard": "Standard", "fa1": "FA1", "fa2": "FA2", "fa3": "FA3", "split_kv": "SplitKV"}
 """File name to class name."""
 
 __all__ = ["Grid", "Kernel", "Role", "Schedule", "Switch", "load_schedule", "schedule_names", "switch"]

@@ -197,9 +197,7 @@ class Schedule:
         )
 
     @classmethod
-    def configure(
-        cls, problem: AttentionProblem, architecture: str, options: Mapping[str, Any], sms: int = 1
-    ) -> Self:
+    def configure(cls, problem: AttentionProblem, architecture: str, options: Mapping[str, Any], sms: int = 1) -> Self:
         """The schedule with `options` (values or text) set and the rest decided, for a GPU of so many SMs.
 
         Raises InputError with everything that does not fit: unknown switches, values of the wrong type, a mask,
@@ -213,11 +211,6 @@ class Schedule:
                 ("dtype", problem.dtype, cls.dtypes),
             )
             if str(given) not in has
-        ]
-        problems += [
-            f"schedule {cls.name()}: {name} = {width}, must be a multiple of 8: rows of 16 bytes"
-            for name, width in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v))
-            if width % 8
         ]
         if problem.dropout and not cls.dropout:
             problems.append(f"schedule {cls.name()} has no dropout, got {problem.dropout:g}")
@@ -243,8 +236,9 @@ class Schedule:
                 values[key] = value
         schedule = cls(**values)
         complaints = schedule.complaints(problem)
-        if schedule.pack_gqa and problem.heads_per_kv > 1 and (problem.direction != "fwd" or problem.dropout):
-            complaints.append("pack_gqa is for a forward pass without dropout")
+        special = problem.direction != "fwd" or problem.dropout or problem.dtype == "fp8"
+        if schedule.pack_gqa and problem.heads_per_kv > 1 and special:
+            complaints.append("pack_gqa is for a forward pass in 16 bits, without dropout")
         if complaints:
             raise InputError([f"schedule {cls.name()}: {line}" for line in complaints])
         for key, value in schedule.by_sms(problem, sms).items():

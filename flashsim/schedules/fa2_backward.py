@@ -14,7 +14,7 @@ from typing import Any
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel, Role
 from flashsim.schedules.tensors import Tensor
-from flashsim.schedules.verbs import CTA, Awaitable, Operand, Program, Registers, Sync, Warpgroup
+from flashsim.schedules.verbs import CTA, Awaitable, Operand, Order, Program, Registers, Sync, Warpgroup
 
 WARPGROUPS = 2
 OTHER_INSTRUCTIONS = 60
@@ -55,6 +55,7 @@ class Shared:
     P: Operand
     dS: Operand
     everybody: Sync
+    order: Order
 
 
 @dataclass
@@ -149,6 +150,7 @@ class FA2Backward:
             P=cta.slot("P", (M, N)),
             dS=cta.slot("dS", (M, N)),
             everybody=cta.sync("everybody", WARPGROUPS),
+            order=cta.order("dQ", WARPGROUPS),
         )
 
     def registers(self, regs: Registers) -> Fragments:
@@ -222,7 +224,11 @@ class FA2Backward:
                     do = load(tile.dO(i + 1), s.dO)
                     lse = wg.load(tile.LSE(i + 1), into=r.LSE)
                 yield wg.gemm(s.dS, mine(s.K), into=r.dQ)  # 15: dQ_i += dS K_j
+                if self.deterministic:
+                    yield s.order.turn(tile, i)  # after the blocks of keys before this one
                 wg.atomic_add(r.dQ, into=mine(tile.dQ_accum(i)))
+                if self.deterministic:
+                    s.order.pass_on(tile, i)
                 yield wg.gemm(s.dS.T, mine(Q), into=r.dK, accumulate=True)  # 16: dK += dS^T Q_i
                 if more and self.stages == 1:
                     yield s.everybody.wait()  # nobody reads Q_i any more

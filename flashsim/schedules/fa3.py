@@ -1,4 +1,4 @@
-"""FlashAttention-3, forward (Shah et al., arXiv 2407.08608, algorithms 1 and 2).
+"""FlashAttention-3, forward (Shah et al., arXiv 2407.08608, algorithms 1 and 2); `fa3_backward` has the backward pass.
 
 One producer keeps rings of K and V tiles full by TMA; consumer warpgroups of 64 query rows each compute on them. Two
 overlaps hide the softmax: inside a warpgroup, S_next = Q K_j^T and O += P V_{j-1} are issued together and the softmax
@@ -12,10 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
+from flashsim.schedules.fa3_backward import FA3Backward
+from flashsim.schedules.fa3_backward import tile_size as backward_tile_size
+from flashsim.schedules.fa3_fp8 import FA3FP8
+from flashsim.schedules.fa3_fp8 import tile_size as fp8_tile_size
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Ring, Sync, Turn, Warpgroup, WorkTile
 
@@ -61,11 +65,15 @@ def tile_size(head_dim: int, masked: bool, build: str) -> tuple[int, int, bool]:
 
 @dataclass(frozen=True)
 class FA3(Schedule):
-    """FlashAttention-3 forward, fp16 and bf16, Hopper."""
+    """FlashAttention-3, fp16, bf16 and fp8, Hopper."""
 
-    title = "FlashAttention-3 forward: warp specialization, ping-pong, GEMM-softmax overlap"
-    source = "arXiv 2407.08608, algorithms 1 and 2; Dao-AILab/flash-attention hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp"
+    title = "FlashAttention-3: warp specialization, ping-pong, GEMM-softmax overlap"
+    source = "arXiv 2407.08608, algorithms 1 to 3; Dao-AILab/flash-attention hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp"
     architectures = ("hopper",)
+    directions = ("fwd", "bwd", "fwd+bwd")
+    dtypes = ("fp16", "bf16", "fp8")
+    backward: ClassVar[type[FA3Backward]] = FA3Backward
+    fp8: ClassVar[type[FA3FP8]] = FA3FP8
 
     build: str = switch("2025-01", "the published code that is simulated", ("2024-07", "2025-01"))
     num_stages: int = switch(2, "slots of the K ring and of the V ring")
@@ -74,11 +82,22 @@ class FA3(Schedule):
     intra_wg_overlap: bool = switch(True, "softmax of one tile under the PV product of the tile before")
     persistent: bool = switch(None, "as many CTAs as fit, each with many tiles")
     P_in_shared: bool = switch(None, "P goes to the PV product through shared memory, not registers")
+    incoherent: str = switch(
+        "off",
+        "of fp8: Q and K come multiplied by a Hadamard matrix, by the kernel before or by one of their own",
+        ("off", "fused", "separate"),
+    )
+    bwd_BLOCK_M: int = switch(None, "query rows of a tile of the backward pass")
+    bwd_BLOCK_N: int = switch(None, "keys of a CTA's tile in the backward pass")
+    deterministic: bool = switch(False, "CTAs add to dQ one after the other, in the order of their keys")
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         d, masked = max(problem.head_dim, problem.head_dim_v), problem.mask_rule.kind != "full"
         rows, keys, in_shared = tile_size(d, masked, self.build)
+        if problem.dtype == "fp8":
+            (rows, keys), in_shared = fp8_tile_size(max(self._fp8_widths(problem))), False
         consumers = (self.BLOCK_M or rows) // 64
+        backward_rows, backward_keys = backward_tile_size(d, masked)
         return {
             "BLOCK_M": rows,
             "BLOCK_N": keys,
@@ -87,6 +106,8 @@ class FA3(Schedule):
             if self.intra_wg_overlap
             else (consumers == 2 and self.warp_specialized),
             "persistent": self.warp_specialized,
+            "bwd_BLOCK_M": backward_rows,
+            "bwd_BLOCK_N": backward_keys,
         }
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
@@ -101,9 +122,31 @@ class FA3(Schedule):
             lines.append("persistent needs warp_specialized: the producer is what prefetches the next tile")
         if self.pingpong and not self.intra_wg_overlap and not self.warp_specialized:
             lines.append("pingpong without intra_wg_overlap needs warp_specialized: else turn and refill deadlock")
-        return lines
+        if problem.dtype == "fp8":
+            needed = {"warp_specialized": True, "intra_wg_overlap": True, "persistent": True, "P_in_shared": False}
+            lines += [f"{name} must be {value} for fp8" for name, value in needed.items() if getattr(self, name) != value]
+            if self.incoherent != "off" and problem.head_dim not in (64, 128, 256):
+                lines.append(f"incoherent needs head_dim 64, 128 or 256, not {problem.head_dim}: a Hadamard matrix")
+            if self.BLOCK_N % 32:
+                lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are multiples of 32 for fp8 (k of a wgmma)")
+        elif self.incoherent != "off":
+            lines.append("incoherent is for fp8")
+        return lines + (self._backward(problem).complaints(problem) if "bwd" in problem.passes else [])
+
+    def _fp8_widths(self, problem: AttentionProblem) -> tuple[int, int]:
+        """Head dims of the tiles in fp8 (round_up_headdim in hopper/flash_api.cpp)."""
+        widths = (64, 96, 128, 192, 256, 512)
+        d, dv = (next(w for w in widths if w >= given) for given in (problem.head_dim, problem.head_dim_v))
+        return d, dv
+
+    def _backward(self, problem: AttentionProblem) -> FA3Backward:
+        head_dim = max(problem.head_dim, problem.head_dim_v)
+        return self.backward(self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.deterministic, head_dim)
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
+        if problem.dtype == "fp8":
+            tile = self.BLOCK_M, self.BLOCK_N, self.num_stages
+            return self.fp8(*tile, bool(self.pingpong), self.incoherent, *self._fp8_widths(problem)).kernels(problem)
         masked, consumers = problem.mask_rule.kind != "full", self.BLOCK_M // 64
         q_tiles = -(-problem.seqlen_q // self.BLOCK_M)
         multicast = not masked and problem.head_dim >= 128 and (self.build == "2024-07" or q_tiles % 2 == 0)
@@ -113,19 +156,21 @@ class FA3(Schedule):
         producer = Role("producer", self.producer, warps=4, registers_per_thread=producer_limit)
         consumer = Role("consumer", self.consumer, consumers, registers=self.registers, registers_per_thread=limit)
         order = Grid("longest_first", "dynamic", L2_SECTION_BYTE) if masked else Grid("rows", "static")
-        return (
-            Kernel(
-                name="fa3_fwd",
-                roles=(producer, consumer) if self.warp_specialized else (consumer,),
-                shared=self.shared,
-                grid=order if self.persistent else Grid("rows", "cta"),
-                BLOCK_M=self.BLOCK_M,
-                BLOCK_N=self.BLOCK_N,
-                mma="wgmma",
-                copy="tma",
-                cluster=2 if multicast else 1,
-            ),
+        forward = Kernel(
+            name="fa3_fwd",
+            roles=(producer, consumer) if self.warp_specialized else (consumer,),
+            shared=self.shared,
+            grid=order if self.persistent else Grid("rows", "cta"),
+            BLOCK_M=self.BLOCK_M,
+            BLOCK_N=self.BLOCK_N,
+            mma="wgmma",
+            copy="tma",
+            cluster=2 if multicast else 1,
         )
+        launches: dict[str, tuple[Kernel, ...]] = {"fwd": (forward,)}
+        if "bwd" in problem.passes:
+            launches["bwd"] = self._backward(problem).kernels(problem)
+        return tuple(kernel for name in problem.passes for kernel in launches[name])
 
     def shared(self, cta: CTA) -> Shared:
         p, consumers = cta.problem, self.BLOCK_M // 64

@@ -29,15 +29,17 @@ def start(wg: Warpgroup, O: Operand, stats: Statistics) -> None:  # noqa: E741
     wg.map("fill", 0.0, into=stats.l)
 
 
-def online_softmax(wg: Warpgroup, S: Operand, stats: Statistics, tile: WorkTile, j: int, masked: bool) -> None:
+def online_softmax(
+    wg: Warpgroup, S: Operand, stats: Statistics, tile: WorkTile, j: int, masked: bool, times: float = 1.0
+) -> None:
     """S becomes P~ = exp(S - m) with the new maximum m; l is brought up to date; alpha is what O must be rescaled
-    by."""
+    by. P~ and l are `times` as large."""
     if masked:
         wg.map("mask", S, tile, j, into=S)
     wg.map("copy", stats.m, into=stats.m_old)
     wg.reduce("max", S, into=stats.m)
     wg.map("rescale_factor", stats.m_old, stats.m, into=stats.alpha)
-    wg.map("exp", S, stats.m, into=S)
+    wg.map("exp", S, stats.m, times, into=S)
     wg.map("mul", stats.l, stats.alpha, into=stats.l)
     wg.reduce("sum", S, into=stats.l)
 

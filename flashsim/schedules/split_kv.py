@@ -74,6 +74,11 @@ def num_splits(tiles: int, kv_tiles: int, slots: int) -> int:
     return next(n for n in possible if efficiency[n] >= 0.85 * max(efficiency.values()))
 
 
+def padded(width: int) -> int:
+    """The head dim of the tiles: the library has kernels for multiples of 32."""
+    return -(-width // 32) * 32
+
+
 @dataclass(frozen=True)
 class SplitKV(Schedule):
     """Split-KV decoding, fp16 and bf16, Ampere, Ada and Hopper."""
@@ -110,7 +115,13 @@ class SplitKV(Schedule):
         return lines
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
-        common: dict[str, Any] = {"mma": "mma.sync", "copy": "cp.async", "BLOCK_N": self.BLOCK_N}
+        common: dict[str, Any] = {
+            "mma": "mma.sync",
+            "copy": "cp.async",
+            "BLOCK_N": self.BLOCK_N,
+            "head_dim": padded(problem.head_dim),
+            "head_dim_v": padded(problem.head_dim_v),
+        }
         if self.num_splits > 1:
             common["workspace"] = PARTS
         split = Kernel(
@@ -213,9 +224,8 @@ class SplitKV(Schedule):
             start(wg, r.O, r.stats)
             loads = load(0)
             for part in range(self.num_splits):
-                lse, o = loads
-                yield lse
-                yield o
+                yield loads[0]
+                yield loads[1]
                 if part + 1 < self.num_splits:
                     loads = load(part + 1)
                 O, LSE = r.parts[part % 2], r.lses[part % 2]  # noqa: E741

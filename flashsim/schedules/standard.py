@@ -1,47 +1,29 @@
-"""Standard attention, forward: what FlashAttention replaced. S and P go through HBM between separate kernels.
+"""Standard attention: what FlashAttention replaced, as a framework runs it; `standard_backward` has the backward pass.
 
-The kernels of a framework: S = Q K^T, an elementwise pass where there is a mask, a softmax over rows, O = P V. Each
-reads from HBM what the one before it wrote there (algorithm 0 of the FlashAttention paper, arXiv 2205.14135).
+S and P go through HBM between separate kernels (algorithm 0 of the FlashAttention paper, arXiv 2205.14135): a copy of
+each of Q, K and V in which a head's rows follow each other, S = scale Q K^T, a pass for a mask, a softmax over rows,
+one for dropout, O = P V. Keys and values that query heads share are repeated for them first.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from flashsim.problem import AttentionProblem
-from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
+from flashsim.schedules.base import Kernel, Schedule, switch
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, start
-from flashsim.schedules.tensors import Tensor
-from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Warpgroup
+from flashsim.schedules.standard_backward import StandardBackward
+from flashsim.schedules.standard_passes import OF_SCORES, Multiply, OverRows, OverScores, Piece, kernel
+from flashsim.schedules.verbs import Operand, Program, Registers, Warpgroup
 
-WORKSPACE = {"S": Tensor("queries", "keys"), "P": Tensor("queries", "keys")}
-"""S before the softmax, P after it."""
 ROW_ELEMENTS = 16384
 """Scores that a CTA of the softmax kernel holds in its registers, 128 in each thread, unless one row has more."""
-MASK_ROWS, MASK_COLUMNS = 16, 1024
-"""The piece of S that a CTA of the mask kernel has in its registers at a time."""
-
-
-@dataclass
-class Operands:
-    """The shared memory of a product's CTA: a block of the left operand and one of the right."""
-
-    left: Operand
-    right: Operand
-
-
-@dataclass
-class Accumulator:
-    """The register tiles of a product."""
-
-    sum: Operand
-    rounded: Operand
 
 
 @dataclass
 class Rows:
-    """The register tiles of the kernels that work on rows of S."""
+    """The register tiles of the softmax."""
 
     S: Operand
     stats: Statistics
@@ -49,11 +31,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Standard(Schedule):
-    """Standard attention forward, fp16 and bf16, as a framework runs it."""
+    """Standard attention, fp16 and bf16, as a framework runs it."""
 
     title = "standard attention: S and P through HBM, one kernel for each step"
     stores_scores = True
     source = "arXiv 2205.14135, algorithm 0; attention_pytorch in the FlashAttention repository's benchmarks"
+    directions = ("fwd", "bwd", "fwd+bwd")
+    dropout = True
+    backward: ClassVar[type[StandardBackward]] = StandardBackward
 
     mma: str = switch(None, "instruction of the products", ("mma.sync", "wgmma"))
 
@@ -68,101 +53,81 @@ class Standard(Schedule):
         ]
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
-        width = -(-problem.seqlen_k // 128) * 128
+        mma: Literal["mma.sync", "wgmma"] = "wgmma" if self.mma == "wgmma" else "mma.sync"
+        tile = (self.BLOCK_M, self.BLOCK_N, mma)
+        launches = {"fwd": self.forward(problem, tile), "bwd": self.backward(*tile).kernels(problem)}
+        return tuple(kernel for name in problem.passes for kernel in launches[name])
+
+    def forward(self, p: AttentionProblem, tile: tuple[int, int, Any]) -> tuple[Kernel, ...]:
+        """A mask that is the same for all is added to S, into another buffer; others are filled in where S is."""
+        d, dv, grouped, masked = p.head_dim, p.head_dim_v, p.heads_per_kv > 1, p.mask_rule.kind != "full"
+        added = masked and not p.mask_rule.by_batch
+        scores = "work" if added else "S"
+        key, value = ("K_repeated", "V_repeated") if grouped else ("K", "V")
+        repeated = (
+            OverRows("repeat_K", "copy", "K", "K_repeated", "keys", d),
+            OverRows("repeat_V", "copy", "V", "V_repeated", "keys", dv),
+        )
+        steps: tuple[Any, ...] = (
+            *(repeated if grouped else ()),
+            OverRows("permute_Q", "copy", "Q", "Q_heads", "queries", d),
+            OverRows("permute_K", "copy", key, "K_heads", "keys", d),
+            OverRows("permute_V", "copy", value, "V_heads", "keys", dv),
+            Multiply("scores", "scores", "Q_heads", "K_heads", scores, d, *tile, scaled=True),
+            *([OverScores("mask", "mask", scores, "S")] if masked else []),
+            Softmax(),
+            *([Dropout()] if p.dropout else []),
+            Multiply("output", "queries", "S" if p.dropout else "P", "V_heads", "O", dv, *tile),
+        )
+        return tuple(step.kernel(p) for step in steps)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """P = softmax(S): a CTA has whole rows, one KV tile wide."""
+
+    def kernel(self, p: AttentionProblem) -> Kernel:
+        width = -(-p.seqlen_k // 128) * 128
         height = max(1, min(64, ROW_ELEMENTS // width))
-        scores = self._kernel("scores", Role("warps", self.scores, registers=self.score_registers), self.score_operands)
-        mask = self._kernel("mask", Role("warps", self.mask, registers=self.rows), None, MASK_ROWS, MASK_COLUMNS)
-        softmax = self._kernel("softmax", Role("warps", self.softmax, registers=self.rows), None, height, width, True)
-        output = self._kernel(
-            "output", Role("warps", self.output, registers=self.output_registers), self.output_operands
-        )
-        return (scores, mask, softmax, output) if problem.mask_rule.kind != "full" else (scores, softmax, output)
+        return kernel("softmax", self, ("S", "P"), BLOCK_M=height, BLOCK_N=width, scaled_scores=True)
 
-    def _kernel(
-        self, name: str, role: Role, shared: Any, BLOCK_M: int = 0, BLOCK_N: int = 0, scaled_scores: bool = False
-    ) -> Kernel:
-        """A product, with its operands in shared memory, or a kernel that works on rows of S in its registers."""
-        return Kernel(
-            name=f"standard_{name}",
-            roles=(role,),
-            shared=shared or (lambda cta: (BLOCK_M, BLOCK_N)),
-            grid=Grid("rows", "cta"),
-            BLOCK_M=BLOCK_M or self.BLOCK_M,
-            BLOCK_N=BLOCK_N or self.BLOCK_N,
-            mma="wgmma" if self.mma == "wgmma" else "mma.sync",
-            copy="tma" if self.mma == "wgmma" else "cp.async",
-            walk="all",
-            masks=shared is None,
-            scaled_scores=scaled_scores,
-            library=True,
-            workspace=WORKSPACE,
-        )
-
-    # S = scale Q K^T
-
-    def score_operands(self, cta: CTA) -> Operands:
-        d = cta.problem.head_dim
-        return Operands(cta.slot("Q", (self.BLOCK_M, d)), cta.slot("K", (self.BLOCK_N, d)))
-
-    def score_registers(self, regs: Registers) -> Accumulator:
-        S = regs.tile("S", (self.BLOCK_M, self.BLOCK_N))
-        return Accumulator(S, regs.tile("S rounded", (self.BLOCK_M, self.BLOCK_N), regs.problem.dtype, over=S))
-
-    def scores(self, wg: Warpgroup, s: Operands, r: Accumulator) -> Program:
-        for tile in wg.tiles():
-            yield wg.load(tile.Q, into=s.left)
-            for j in wg.kv_tiles(tile):
-                yield wg.load(tile.K(j), into=s.right)
-                yield wg.gemm(s.left, s.right.T, into=r.sum)
-                wg.map("scale", r.sum, into=r.sum)  # alpha of the product, so that S does not overflow
-                wg.convert(r.sum, into=r.rounded)
-                wg.store(r.rounded, into=tile.S(j))
-
-    # S = S + mask, and P = softmax(S): a CTA has whole rows, one KV tile wide
-
-    def rows(self, regs: Registers) -> Rows:
+    def registers(self, regs: Registers) -> Rows:
         shape = regs.kernel.BLOCK_M, regs.kernel.BLOCK_N
         dtype = "fp32" if shape[0] * shape[1] <= ROW_ELEMENTS else regs.problem.dtype
         return Rows(regs.tile("S", shape, dtype), Statistics.declare(regs, shape[0]))
 
-    def mask(self, wg: Warpgroup, s: Any, r: Rows) -> Program:
-        for tile in wg.tiles():
-            for j in wg.kv_tiles(tile):
-                yield wg.load(tile.S(j), into=r.S)
-                if tile.partial(j):
-                    wg.map("mask", r.S, tile, j, into=r.S)
-                wg.store(r.S, into=tile.S(j))
-
-    def softmax(self, wg: Warpgroup, s: Any, r: Rows) -> Program:
+    def program(self, wg: Warpgroup, s: None, r: Rows) -> Program:
         for tile in wg.tiles():
             start(wg, r.S, r.stats)
             for j in wg.kv_tiles(tile):
                 yield wg.load(tile.S(j), into=r.S)
-                online_softmax(wg, r.S, r.stats, tile, j, masked=tile.partial(j))
+                beyond = wg.problem.seqlen_k < r.S.shape[1]  # columns that are no keys
+                online_softmax(wg, r.S, r.stats, tile, j, masked=beyond)
                 finish(wg, r.S, r.stats)
                 wg.store(r.S, into=tile.P(j))
                 wg.store(r.stats.l, into=tile.LSE)
 
-    # O = P V
 
-    def output_operands(self, cta: CTA) -> Operands:
-        return Operands(
-            cta.slot("P", (self.BLOCK_M, self.BLOCK_N)), cta.slot("V", (self.BLOCK_N, cta.problem.head_dim_v))
-        )
+@dataclass(frozen=True)
+class Dropout:
+    """P o keep / (1 - p), which takes the place of S, and a byte for each element that says whether it is kept."""
 
-    def output_registers(self, regs: Registers) -> Accumulator:
-        O = regs.tile("O", (self.BLOCK_M, regs.problem.head_dim_v))  # noqa: E741
-        return Accumulator(
-            O, regs.tile("O rounded", (self.BLOCK_M, regs.problem.head_dim_v), regs.problem.dtype, over=O)
-        )
+    def kernel(self, p: AttentionProblem) -> Kernel:
+        return kernel("dropout", self, ("P", "S", "kept"), **OF_SCORES)
 
-    def output(self, wg: Warpgroup, s: Operands, r: Accumulator) -> Program:
+    def registers(self, regs: Registers) -> Piece:
+        shape = regs.kernel.BLOCK_M, regs.kernel.BLOCK_N
+        dtype = regs.problem.dtype
+        return Piece(regs.tile("P", shape, dtype), regs.tile("kept", shape, dtype), regs.rows("1 - p", shape[0]))
+
+    def program(self, wg: Warpgroup, s: None, r: Piece) -> Program:
         for tile in wg.tiles():
-            wg.map("fill", 0.0, into=r.sum)
+            wg.map("fill", 1 - wg.problem.dropout, into=r.row)
             for j in wg.kv_tiles(tile):
-                p = wg.load(tile.P(j), into=s.left)
-                yield wg.load(tile.V(j), into=s.right)
-                yield p
-                yield wg.gemm(s.left, s.right, into=r.sum, accumulate=True)
-            wg.convert(r.sum, into=r.rounded)
-            wg.store(r.rounded, into=tile.O)
+                yield wg.load(tile.P(j), into=r.a)
+                wg.map("fill", 1.0, into=r.b)
+                wg.map("dropout", r.b, tile, j, into=r.b)
+                wg.map("mul", r.a, r.b, into=r.a)
+                wg.map("mul", r.b, r.row, into=r.b)
+                wg.store(r.a, into=tile.S(j))
+                wg.store(r.b, into=tile.kept(j))

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from flashsim.problem import DTYPES, AttentionProblem
 
-WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1}
+WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "fp8": 1, "e4m3": 1}
 """Bytes of an element."""
 
 
@@ -51,13 +51,17 @@ TENSORS: Mapping[str, Tensor] = MappingProxyType(
         "V": Tensor("keys", "head_dim_v", heads="kv"),
         "O": Tensor("queries", "head_dim_v", "output"),
         "LSE": Tensor("queries", "one", "fp32"),
+        "Q_scale": Tensor("queries", "one", "fp32"),
+        "K_scale": Tensor("keys", "one", "fp32", heads="kv"),
+        "V_scale": Tensor("keys", "one", "fp32", heads="kv"),
         "dO": Tensor("queries", "head_dim_v", "output"),
         "dQ": Tensor("queries", "head_dim"),
         "dK": Tensor("keys", "head_dim", heads="kv"),
         "dV": Tensor("keys", "head_dim_v", heads="kv"),
     }
 )
-"""What a call is given and gives back. A kernel's own are declared in `Kernel.workspace`."""
+"""What a call is given and gives back; the scales are what fp8 elements of a row stand for, equal in the rows of a
+block. A kernel's own are declared in `Kernel.workspace`."""
 INPUTS = frozenset({"Q", "K", "V", "dO"})
 """No kernel writes them."""
 

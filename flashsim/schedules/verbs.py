@@ -21,9 +21,10 @@ Program = Generator[Any, None, None]
 """What a role runs: a generator that yields what it waits for."""
 
 MapOp = Literal[
-    "mask", "dropout", "scale", "exp", "exp_lse", "rescale_factor", "copy", "fill", "add", "sub", "mul", "div", "lse"
-]
-ReduceOp = Literal["max", "sum"]
+    "mask", "dropout", "scale", "exp", "exp_lse", "rescale_factor", "copy", "fill", "add", "sub", "mul", "div", "lse",
+    "permute", "hadamard",
+]  # fmt: skip
+ReduceOp = Literal["max", "abs_max", "sum"]
 
 
 class Operand(Protocol):
@@ -66,6 +67,9 @@ class Ring(Protocol):
     def release(self, j: int) -> None:
         """This warpgroup does not need item j any more."""
 
+    def commit(self, j: int) -> None:
+        """This warpgroup has written item j, which no load does."""
+
 
 class Sync(Protocol):
     """A barrier over several warpgroups."""
@@ -79,6 +83,16 @@ class Turn(Protocol):
 
     def wait(self) -> Awaitable: ...
     def pass_on(self) -> None: ...
+
+
+class Order(Protocol):
+    """The order in which the CTAs of a head add to a tile that they share: that of their own blocks."""
+
+    def turn(self, tile: WorkTile, j: int) -> Awaitable:
+        """Until the work tiles before this one have added to what tile j of its inner loop stands for."""
+
+    def pass_on(self, tile: WorkTile, j: int) -> None:
+        """The next one may."""
 
 
 class WorkTile(Protocol):
@@ -140,7 +154,9 @@ class Warpgroup(Protocol):
 
         `mask` and `dropout` take scores, a work tile, the number of a tile of its inner loop, and the row and the
         column of that tile at which the scores begin: without them, below those of the warpgroups before this one.
-        `dropout` multiplies by 1 / (1 - p) or by 0, which of them depends on the problem and the place alone.
+        `dropout` multiplies by 1 / (1 - p) or by 0, which of them depends on the problem and the place alone. `exp`,
+        `mul` and `div` take numbers, too, and tiles of one element in HBM: `exp` is multiplied by them. `permute` changes
+        which thread holds what. `hadamard` multiplies rows by a random-sign Hadamard matrix (numerics.hadamard).
         """
 
     def reduce(self, op: ReduceOp, tile: Operand, into: Operand) -> Awaitable:
@@ -166,11 +182,14 @@ class CTA(Protocol):
     def slot(self, name: str, shape: tuple[int, int], dtype: str | None = None) -> Operand:
         """One tile of shared memory, ordered by other barriers."""
 
-    def overlay(self, name: str, shape: tuple[int, int], consumers: int, over: Ring) -> Ring:
+    def overlay(
+        self, name: str, shape: tuple[int, int], consumers: int, over: Ring, dtype: str | None = None
+    ) -> Ring:
         """A one-slot ring at the addresses of another ring, which costs no memory of its own if it is not larger."""
 
     def sync(self, name: str, warpgroups: int) -> Sync: ...
     def turn(self, name: str, warpgroups: int) -> Turn: ...
+    def order(self, name: str, warpgroups: int) -> Order: ...
 
 
 class Registers(Protocol):

@@ -20,7 +20,7 @@ def make_inputs(problem: AttentionProblem, kind: str, seed: int) -> Tensors:
 
     The same arguments give the same arrays on every machine (NumPy's PCG64). Raises KeyError for an unknown kind.
     """
-    q, k, v = (round_to(x, problem.dtype) for x in _KINDS[kind](np.random.default_rng(seed), problem))
+    q, k, v = (round_to(x, problem.output_dtype) for x in _KINDS[kind](np.random.default_rng(seed), problem))
     return q, k, v
 
 
