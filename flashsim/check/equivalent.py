@@ -92,7 +92,7 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
 """By file of a built-in schedule: (function, statement, change)."""
 
 
-PARTS = ("backward", "fp8")
+PARTS = ("backward", "fp8", "three_stages")
 """Attributes of a schedule that are classes with kernels of their own."""
 
 

@@ -20,6 +20,7 @@ from flashsim.schedules.fa3_backward import FA3Backward
 from flashsim.schedules.fa3_backward import tile_size as backward_tile_size
 from flashsim.schedules.fa3_fp8 import FA3FP8
 from flashsim.schedules.fa3_fp8 import tile_size as fp8_tile_size
+from flashsim.schedules.fa3_three_stages import ThreeStages
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Ring, Sync, Turn, Warpgroup, WorkTile
 
@@ -45,6 +46,7 @@ class Fragments:
     """The register tiles of one consumer."""
 
     S: Operand
+    S_next: Operand | None
     P: Operand | None
     O: Operand  # noqa: E741
     stats: Statistics
@@ -63,6 +65,12 @@ def tile_size(head_dim: int, masked: bool, build: str) -> tuple[int, int, bool]:
     return (128, 80, False)
 
 
+def keys_of_three_stages(rows: int, head_dim: int) -> int:
+    """BLOCK_N for which two S tiles, P and O fit the registers of a consumer, 24 others included."""
+    left = {64: 255, 128: 240, 192: 160}[rows] - 24 - head_dim // 2
+    return max(16, int(left / (2 * 0.5 + 0.25)) // 16 * 16)
+
+
 @dataclass(frozen=True)
 class FA3(Schedule):
     """FlashAttention-3, fp16, bf16 and fp8, Hopper."""
@@ -74,12 +82,14 @@ class FA3(Schedule):
     dtypes = ("fp16", "bf16", "fp8")
     backward: ClassVar[type[FA3Backward]] = FA3Backward
     fp8: ClassVar[type[FA3FP8]] = FA3FP8
+    three_stages: ClassVar[type[ThreeStages]] = ThreeStages
 
     build: str = switch("2025-01", "the published code that is simulated", ("2024-07", "2025-01"))
     num_stages: int = switch(2, "slots of the K ring and of the V ring")
     warp_specialized: bool = switch(True, "loads by a producer, not by the consumers")
     pingpong: bool = switch(None, "warpgroups take turns on the tensor cores")
     intra_wg_overlap: bool = switch(True, "softmax of one tile under the PV product of the tile before")
+    overlap_stages: int = switch(2, "KV tiles under way at a time in the overlap: 2, or 3 as in the paper's appendix B.3")
     persistent: bool = switch(None, "as many CTAs as fit, each with many tiles")
     P_in_shared: bool = switch(None, "P goes to the PV product through shared memory, not registers")
     incoherent: str = switch(
@@ -94,6 +104,8 @@ class FA3(Schedule):
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         d, masked = max(problem.head_dim, problem.head_dim_v), problem.mask_rule.kind != "full"
         rows, keys, in_shared = tile_size(d, masked, self.build)
+        if self.overlap_stages == 3:
+            keys, in_shared = keys_of_three_stages(rows, d), False
         if problem.dtype == "fp8":
             (rows, keys), in_shared = fp8_tile_size(max(self._fp8_widths(problem))), False
         consumers = (self.BLOCK_M or rows) // 64
@@ -118,6 +130,14 @@ class FA3(Schedule):
             lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are the multiples of 16 from 16 to 256 (k, n of a wgmma)")
         if self.num_stages > 8:
             lines.append(f"num_stages = {self.num_stages}, allowed are 1 to 8")
+        if self.overlap_stages not in (2, 3):
+            lines.append(f"overlap_stages = {self.overlap_stages}, allowed are 2 and 3")
+        if self.overlap_stages == 3 and not (
+            self.warp_specialized and self.intra_wg_overlap and not self.P_in_shared and problem.dtype != "fp8"
+        ):
+            lines.append("overlap_stages = 3 needs warp_specialized, intra_wg_overlap, P in registers and 16 bits")
+        if self.overlap_stages == 3 and self.num_stages < 2:
+            lines.append("overlap_stages = 3 needs num_stages of at least 2: K runs two tiles ahead of V")
         if self.persistent and not self.warp_specialized:
             lines.append("persistent needs warp_specialized: the producer is what prefetches the next tile")
         if self.pingpong and not self.intra_wg_overlap and not self.warp_specialized:
@@ -188,6 +208,7 @@ class FA3(Schedule):
     def registers(self, regs: Registers) -> Fragments:
         return Fragments(
             S=regs.tile("S", (64, self.BLOCK_N)),
+            S_next=regs.tile("S_next", (64, self.BLOCK_N)) if self.overlap_stages == 3 else None,
             P=None if self.P_in_shared else regs.tile("P", (64, self.BLOCK_N), regs.problem.dtype),
             O=regs.tile("O", (64, regs.problem.head_dim_v)),
             stats=Statistics.declare(regs, 64),
@@ -216,9 +237,12 @@ class FA3(Schedule):
             start(wg, r.O, r.stats)
             if tile.count:
                 yield from self.first_loads(wg, s, tile)
-                yield from (
-                    self.attend(wg, s, r, tile) if self.intra_wg_overlap else self.attend_in_order(wg, s, r, tile)
-                )
+                if not self.intra_wg_overlap:
+                    yield from self.attend_in_order(wg, s, r, tile)
+                elif self.overlap_stages == 3:
+                    yield from self.three_stages().attend(wg, s, r, tile)
+                else:
+                    yield from self.attend(wg, s, r, tile)
                 yield from self.write_output(wg, s, r, tile)
             else:  # every key is masked: 0 and -inf
                 finish(wg, r.O, r.stats)
