@@ -16,6 +16,7 @@ from flashsim.io.case import PROBLEM_FIELDS
 from flashsim.io.experiment import Experiment
 from flashsim.io.measured import option_text
 from flashsim.io.scenario import Grid, Scenario, ScenarioCase
+from flashsim.masks import SPELLING
 from flashsim.result import Result
 from flashsim.schedules.base import Schedule
 
@@ -283,14 +284,17 @@ def gpu_table(spec: DeviceSpec) -> Table:
 
 def schedules_table(schedules: Iterable[type[Schedule]]) -> Table:
     """One line per schedule."""
-    table = _table([("name", False), ("schedule", False), ("runs on", False), ("masks", False), ("dtypes", False)])
+    columns = ("name", "schedule", "runs on", "directions", "masks", "dtypes", "dropout")
+    table = _table([(column, False) for column in columns])
     for schedule in schedules:
         table.add_row(
             schedule.name(),
             schedule.title,
             ", ".join(schedule.architectures),
-            ", ".join(schedule.masks),
+            ", ".join(schedule.directions),
+            "all" if schedule.masks == tuple(SPELLING) else ", ".join(schedule.masks),
             ", ".join(schedule.dtypes),
+            "yes" if schedule.dropout else "no",
         )
     return table
 

@@ -10,6 +10,10 @@ from flashsim.cli.app import OK, app
 from flashsim.cli.show import Json, show, write_json
 
 
+ABOUT = ("title", "source", "architectures", "masks", "dtypes", "directions", "dropout")
+"""What a schedule says of itself, beside its switches."""
+
+
 @app.command()
 def gpus(
     name: Annotated[str | None, typer.Argument(metavar="[NAME|FILE]", help="Print every number of this one.")] = None,
@@ -49,13 +53,12 @@ def schedules(
     classes = [load_schedule(known) for known in (schedule_names() if name is None else [name])]
     about = [
         {"name": schedule.name()}
-        | {key: getattr(schedule, key) for key in ("title", "source", "architectures", "masks", "dtypes", "directions")}
+        | {key: getattr(schedule, key) for key in ABOUT}
+        | {"switches": [_switch(switch) for switch in schedule.switches()]}
         for schedule in classes
     ]
-    if as_json and name is None:
-        write_json({"schedules": about})
-    elif as_json:
-        write_json({**about[0], "switches": [_switch(switch) for switch in classes[0].switches()]})
+    if as_json:
+        write_json({"schedules": about} if name is None else about[0])
     else:
         from flashsim.analysis.tables import schedules_table, switches_table
 

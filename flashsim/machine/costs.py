@@ -146,17 +146,17 @@ class Costs:
     def mma_sync(
         self, m: int, n: int, k: int, in_shared: tuple[bool, bool], warps: tuple[int, int]
     ) -> tuple[int, int, int, int]:
-        """m x n x k by warps that share rows and columns: (steps of 16 along k, tensor ticks a step, LDSMs a step, port
-        ticks an LDSM).
+        """m x n x k by warps that share rows and columns: (steps of 16 along k, tensor ticks a step, requests to the
+        port a step, port ticks a request).
 
         m16n8k16 instructions; of A and B, those that are `in_shared` are read: each warp its own rows of A and its own
-        columns of B, 512 bytes an LDSM. Four warps have the tensor cores of a sub-partition each, fewer leave the rest
-        to others.
+        columns of B, 512 bytes an LDSM. A request is one LDSM of four warps, or up to four of one. Four warps have the
+        tensor cores of a sub-partition each, fewer leave the rest to others.
         """
         along_m, along_n = warps
         count = along_m * along_n
         instructions = -(-m // (16 * along_m)) * -(-n // (8 * along_n))
         read = (m * along_n * in_shared[0] + n * along_m * in_shared[1]) * 32
-        ldsms = -(-read // (count * LDSM_BYTE))
+        requests = -(-read // (max(count, 4) * LDSM_BYTE))
         duration = ticks(instructions * self.device.tensor.mma_sync_clk * count / 4)
-        return -(-k // 16), duration, ldsms, self.smem(read) // max(ldsms, 1)
+        return -(-k // 16), duration, requests, self.smem(read) // max(requests, 1)

@@ -81,10 +81,11 @@ class Batch:
             for name, duration in phase.work.items():
                 end = max(end, sm.serve(sm.units[name], duration))
             if phase.exp:
-                chunk = phase.exp // EXP_CHUNKS
-                for _ in range(EXP_CHUNKS - 1):
+                chunks = max(1, EXP_CHUNKS * agent.role.warps // 4)
+                chunk = phase.exp // chunks
+                for _ in range(chunks - 1):
                     yield sim.at(sm.serve(sm.exp, chunk))
-                end = max(end, sm.serve(sm.exp, phase.exp - chunk * (EXP_CHUNKS - 1)))
+                end = max(end, sm.serve(sm.exp, phase.exp - chunk * (chunks - 1)))
             yield sim.at(end + sm.vary("latency", phase.latency))
         for effect in self.effects:
             effect()

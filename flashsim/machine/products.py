@@ -71,8 +71,8 @@ class SyncProduct(Product):
 
     Timing assumption: in each warp, the LDSMs of step k + 1 stand before the MMAs of step k in program order and each
     holds the warp until the port has served it, so port and tensor time add; they overlap with those of other warps
-    only. The port serves one LDSM at a time and the tensor cores the MMAs of one step, first come, first served: with
-    one request of each warp outstanding that is round robin.
+    only. The port serves one LDSM of four warps at a time and the tensor cores the MMAs of one step, first come, first
+    served: with one request of each warp outstanding that is round robin.
     """
 
     def perform(self, agent: Agent) -> Steps:
@@ -80,14 +80,14 @@ class SyncProduct(Product):
         self._count(sm)
         m, k, n = *self.a.shape, self.b.shape[1]
         in_shared = self.a.place == "shared", self.b.place == "shared"
-        steps, mma, ldsms, ldsm = costs.mma_sync(m, n, k, in_shared, self.into.buffer.warps)
+        steps, mma, requests, ldsm = costs.mma_sync(m, n, k, in_shared, self.into.buffer.warps)
         for step in range(steps + 1):
             fragments = sim.now  # of step - 1, whose LDSMs were the last to be served
             if step < steps:
-                for _ in range(ldsms):
+                for _ in range(requests):
                     yield sim.at(sm.serve(sm.smem, ldsm))
             if step > 0:
-                there = fragments + sm.vary("latency", costs.smem_latency if ldsms else 0)
+                there = fragments + sm.vary("latency", costs.smem_latency if requests else 0)
                 if there > sim.now:
                     yield sim.at(there)
                 yield sim.at(sm.serve(sm.tensor, mma))

@@ -68,10 +68,13 @@ class Rows:
 
 
 def paper_tile(head_dim: int, sram_byte: int) -> tuple[int, int]:
-    """(B_r, B_c) of algorithm 1, line 1: B_c = ceil(M / 4d) keys, B_r = min(B_c, d) rows; down to multiples of 64, which
-    the warps can share, and of 16, one MMA, but at least one of them."""
-    keys = -(-sram_byte // 2 // (4 * head_dim))
-    return max(1, min(keys, head_dim) // 16) * 16, max(1, keys // 64) * 64
+    """(B_r, B_c) of algorithm 1, line 1: B_c = ceil(M / 4d) keys and B_r = min(B_c, d) rows, but at most 64.
+
+    Rounded down to multiples of 64, which the warps can share, and of 16, one MMA, but at least one of them.
+    """
+    B_c = -(-sram_byte // 2 // (4 * head_dim))
+    keys = max(1, B_c // 64) * 64
+    return max(1, min(B_c, keys, head_dim, 64) // 16) * 16, keys
 
 
 def code_tile(problem: AttentionProblem, backward: bool, architecture: str) -> tuple[int, int]:

@@ -5,9 +5,8 @@ compute the five products of FlashAttention-2's algorithm, and another warp adds
 it. What overlaps inside a warpgroup: P under dP, dS through shared memory under dV, dQ's way out under dK.
 
 Up to head dim 128 a warpgroup has 64 keys and computes S^T = K Q^T, so that P^T and dS^T are left operands in registers
-(Mma_dKV_is_RS); at 192 and 256 it has columns of every product, and P goes through shared memory as well. Layouts,
-tiles and stages are those of hopper/flash_bwd_launch_template.h, the order is that of
-hopper/mainloop_bwd_sm90_tma_gmma_ws.hpp.
+(Mma_dKV_is_RS); at 192 and 256 it has columns of every product, and P goes through shared memory as well. Layouts and
+tiles are hopper/flash_bwd_launch_template.h's, the order is hopper/mainloop_bwd_sm90_tma_gmma_ws.hpp's.
 """
 
 from __future__ import annotations
@@ -34,13 +33,11 @@ SUMS = {
 
 def tile_size(head_dim: int, masked: bool) -> tuple[int, int]:
     """(BLOCK_M, BLOCK_N) as hopper/flash_bwd_launch_template.h has them."""
-    if head_dim <= 64:
-        return 128, 128
     if head_dim <= 96:
-        return 64, 128
+        return 128 if head_dim <= 64 else 64, 128
     if head_dim <= 128:
-        return (64, 128) if masked else (80, 128)
-    return (64, 96) if head_dim <= 192 else (64, 80)
+        return 64 if masked else 80, 128
+    return 64, 96 if head_dim <= 192 else 80
 
 
 def product(wg: Warpgroup, a: Any, b: Any, into: Any, swapped: bool = False, accumulate: bool = False) -> Awaitable:
@@ -52,7 +49,7 @@ def product(wg: Warpgroup, a: Any, b: Any, into: Any, swapped: bool = False, acc
 
 @dataclass
 class Shared:
-    """What the warps of one CTA share."""
+    """What the warps of one CTA share. P is None where it stays in registers, dQ where it goes to HBM from there."""
 
     K: Ring
     V: Ring
@@ -60,10 +57,10 @@ class Shared:
     LSE: Ring
     dO: Ring
     D: Ring
-    P: Operand | None
+    P: Any
     dS: list[Operand]
     PdS: Sync
-    dQ: Operand | None
+    dQ: Any
     dQ_full: list[Sync]
     dQ_empty: list[Sync]
     order: Order
@@ -74,16 +71,17 @@ class Shared:
 
 @dataclass
 class Fragments:
-    """The register tiles of one consumer; those of scores are (queries, keys), however they are computed."""
+    """The register tiles of one consumer; those of scores are (queries, keys), however they are computed. P and dS are
+    None where they go to shared memory, V but at head dim 96 (Mma_dP_is_RS)."""
 
     S: Operand
     dP: Operand
-    P: Operand | None
-    dS: Operand | None
+    P: Any
+    dS: Any
     dQ: Operand
     dK: Operand
     dV: Operand
-    V: Operand | None
+    V: Any
 
 
 @dataclass(frozen=True)
@@ -102,7 +100,7 @@ class FA3Backward:
 
     @property
     def wide(self) -> bool:
-        """SdP_swapAB and Mma_dKV_is_RS up to here, dKV_swapAB, one stage of dO and of dS and P beyond."""
+        """SdP_swapAB and Mma_dKV_is_RS where not; dKV_swapAB, and one stage of dO, P and dS, where so."""
         return self.width > 128
 
     @property
@@ -118,13 +116,11 @@ class FA3Backward:
     @property
     def dq_swapped(self) -> bool:
         """dQ_swapAB: where a consumer's queries of dQ are no multiple of 64, and at head dim 256."""
-        queries = self.BLOCK_M // self.consumers if self.dq_by_rows else self.BLOCK_M
-        return queries % 64 > 0 or self.width == 256
+        return self.BLOCK_M // (2 if self.dq_by_rows else 1) % 64 > 0 or self.width == 256
 
     @property
     def by_tma(self) -> bool:
-        """dQacc_use_TMA: dQ has a place in shared memory. At head dim 256 there is none, and registers for half of it:
-        it is computed in two slices (Slice_dQKV_Mma), which the consumers add to HBM themselves."""
+        """dQacc_use_TMA: dQ has a place in shared memory; at head dim 256 the consumers themselves add it to HBM."""
         return self.width < 256
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
@@ -133,10 +129,8 @@ class FA3Backward:
         if width not in WIDTHS:
             return [f"head dim {width}, the backward pass has tiles of up to {WIDTHS[-1]} columns"]
         lines = []
-        if self.deterministic and not self.by_tma:
-            lines.append(f"deterministic is for head dims up to {WIDTHS[-2]}: beyond, no warp has dQ to itself")
-        if self.deterministic and problem.heads_per_kv > 1:
-            lines.append("deterministic is for heads that share no KV head: they would add to dK and dV as they come")
+        if self.deterministic and (not self.by_tma or problem.heads_per_kv > 1):
+            lines.append(f"deterministic is for head dims up to {WIDTHS[-2]}, and for heads that share no KV head")
         step = 64 if width in (96, 192, 256) else 16
         if M % step or not step <= M <= 256:
             lines.append(f"bwd_BLOCK_M = {M}, allowed at head dim {width} are the multiples of {step} up to 256")
@@ -146,23 +140,18 @@ class FA3Backward:
         return lines
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
-        """hopper/flash_bwd_preprocess_kernel.h and flash_bwd_postprocess_kernel.h do the same as FlashAttention-2's
-        kernels. The first one also writes log2(e) LSE, which `exp_lse` has no need of."""
+        """What comes before and after is as in FlashAttention-2; hopper/flash_bwd_preprocess_kernel.h also writes LSE
+        times log2(e), which `exp_lse` has no need of."""
         grouped = problem.heads_per_kv > 1
-        tile: dict[str, Any] = {
-            "BLOCK_M": self.BLOCK_M,
-            "BLOCK_N": self.BLOCK_N,
-            "mma": "wgmma",
-            "head_dim": self.width,
-            "head_dim_v": self.width,
-            "workspace": WORKSPACE | (SUMS if grouped else {}),
-        }
-        other = FA2Backward(self.BLOCK_M, self.BLOCK_N, 2, False, self.width, self.width)
+        d, M, N = self.width, self.BLOCK_M, self.BLOCK_N
+        tile: dict[str, Any] = {"BLOCK_M": M, "BLOCK_N": N, "mma": "wgmma", "head_dim": d, "head_dim_v": d}
+        kernel: Callable[..., Kernel] = partial(Kernel, workspace=WORKSPACE | (SUMS if grouped else {}), **tile)
+        other = FA2Backward(M, N, 2, False, d, d)
 
         def simple(name: str, program: Callable[..., Program], grid: Grid) -> Kernel:
             registers = other.query_rows if grid.over == "queries" else self.sum_registers
-            roles = (Role("warps", program, 2, registers=registers),)
-            return Kernel(f"fa3_bwd_{name}", roles, no_memory, grid, copy="cp.async", walk="none", **tile)
+            role = Role("warps", program, 2, registers=registers)
+            return kernel(f"fa3_bwd_{name}", (role,), no_memory, grid, copy="cp.async", walk="none")
 
         # Registers of a thread, as the code sets them with setmaxnreg. Of the producer's warpgroup, one warp loads, one
         # adds dQ, and two do nothing.
@@ -171,15 +160,13 @@ class FA3Backward:
         producer = Role("producer", self.producer, warps=2, registers_per_thread=low)
         writer = Role("dQ writer", self.dq_writer, warps=2, registers_per_thread=low)
         roles = (producer, writer, consumer) if self.by_tma else (producer, consumer)
-        main = Kernel("fa3_bwd", roles, self.shared, Grid(over="keys"), copy="tma", **tile)
-        by_head, sums = Grid(over="keys", heads="kv"), ("dK", "dV") if grouped else ()
-        return (
-            simple("preprocess", other.preprocess, Grid()),
-            *(simple(f"clear_{name.lower()}", partial(self.clear, name), by_head) for name in sums),
-            main,
-            simple("convert_dq", other.convert_dq, Grid()),
-            *(simple(f"convert_{name.lower()}", partial(self.convert, name), by_head) for name in sums),
-        )
+        main = kernel("fa3_bwd", roles, self.shared, Grid(over="keys"), copy="tma")
+        before, after = simple("preprocess", other.preprocess, Grid()), simple("convert_dq", other.convert_dq, Grid())
+        launches, by_head = [before, main, after], Grid(over="keys", heads="kv")
+        for name in ("dK", "dV") if grouped else ():
+            launches.insert(1, simple(f"clear_{name.lower()}", partial(self.clear, name), by_head))
+            launches.append(simple(f"convert_{name.lower()}", partial(self.convert, name), by_head))
+        return tuple(launches)
 
     # What is kept in shared memory and registers.
 
@@ -187,10 +174,9 @@ class FA3Backward:
         M, N, d, warpgroups = self.BLOCK_M, self.BLOCK_N, self.width, self.consumers
         stages = 1 if self.wide else 2  # of dO, of dS; Q has two
         writers = range(warpgroups if self.by_tma else 0)
-        K, V = cta.ring("K", (N, d), 1, warpgroups), cta.ring("V", (N, d), 1, warpgroups)
         return Shared(
-            K=K,
-            V=V,
+            K=(K := cta.ring("K", (N, d), 1, warpgroups)),
+            V=(V := cta.ring("V", (N, d), 1, warpgroups)),
             Q=cta.ring("Q", (M, d), 2, warpgroups),
             LSE=cta.ring("LSE", (M, 1), 2, warpgroups, "fp32"),
             dO=cta.ring("dO", (M, d), stages, warpgroups),
@@ -209,31 +195,25 @@ class FA3Backward:
 
     def registers(self, regs: Registers) -> Fragments:
         M, N, d, parts = self.BLOCK_M, self.BLOCK_N // self.consumers, self.width, self.consumers
-        dtype = regs.problem.dtype
         dQ = (M // parts, d) if self.dq_by_rows else (M, d // parts // (1 if self.by_tma else 2))
         if self.wide:
-            # S and dP are dead when P and dS are in shared memory, and dQ takes the place of both: 32 registers, and at
-            # head dim 256, where there are some to spare, 40 for the two.
-            whole = regs.tile("dQ", dQ)
-            S, dP = regs.tile("S", (M, N), over=whole), regs.tile("dP", (M, N), over=whole)
-            dKV = (self.BLOCK_N, d // parts)
-            return Fragments(S, dP, None, None, whole, regs.tile("dK", dKV), regs.tile("dV", dKV), None)
+            # S and dP are dead when P and dS are in shared memory, and dQ takes their place: 32 registers, of which the
+            # two have 32 and, at head dim 256, where there are some to spare, 40.
+            both = regs.tile("dQ", dQ)
+            S, dP = regs.tile("S", (M, N), over=both), regs.tile("dP", (M, N), over=both)
+            dK, dV = (regs.tile(name, (self.BLOCK_N, d // parts)) for name in ("dK", "dV"))
+            return Fragments(S, dP, None, None, both, dK, dV, None)
         S, dP = regs.tile("S", (M, N)), regs.tile("dP", (M, N))
-        return Fragments(
-            S=S,
-            dP=dP,
-            P=regs.tile("P", (M, N), dtype, over=dP),  # 16 bits each: together they have the size of dP
-            dS=regs.tile("dS", (M, N), dtype, over=dP),
-            dQ=regs.tile("dQ", dQ, over=S),
-            dK=regs.tile("dK", (N, d)),
-            dV=regs.tile("dV", (N, d)),
-            V=regs.tile("V", (N, d), dtype) if d == 96 else None,  # Mma_dP_is_RS
-        )
+        # P and dS together are as large as dP.
+        P, dS = (regs.tile(name, (M, N), regs.problem.dtype, over=dP) for name in ("P", "dS"))
+        dK, dV = (regs.tile(name, (N, d)) for name in ("dK", "dV"))
+        V = regs.tile("V", (N, d), regs.problem.dtype) if d == 96 else None
+        return Fragments(S, dP, P, dS, regs.tile("dQ", dQ, over=S), dK, dV, V)
 
     # The five products: algorithm 3, one block of keys.
 
     def producer(self, warp: Warpgroup, s: Shared, _: Any) -> Program:
-        """Lines 2 to 9. Q runs one tile ahead of dO. The slots of LSE are free when those of Q are, and D's when dO's."""
+        """Lines 2 to 9. Q runs one tile ahead of dO. A slot of LSE is free when that of Q is, one of D when dO's is."""
 
         def load_do(i: int) -> Program:
             yield s.dO.empty(i)
@@ -255,8 +235,7 @@ class FA3Backward:
 
     def consumer(self, wg: Warpgroup, s: Shared, r: Fragments) -> Program:
         """Lines 10 to 26."""
-        count = self.BLOCK_N // self.consumers
-        keys = (wg.index * count, count)
+        keys = (wg.index * self.BLOCK_N // self.consumers, self.BLOCK_N // self.consumers)
         for tile in wg.tiles():
             wg.map("fill", 0.0, into=r.dK)
             wg.map("fill", 0.0, into=r.dV)
@@ -277,7 +256,7 @@ class FA3Backward:
                 if tile.partial(i):
                     wg.map("mask", r.S, tile, i, 0, keys[0], into=r.S)
                 wg.map("exp_lse", r.S, s.LSE[i], into=r.S)  # P = exp(S - LSE), under dP
-                if s.P:
+                if self.wide:
                     yield s.PdS.wait()  # nobody reads P of the step before any more
                     wg.convert(r.S, into=s.P.columns(*keys))
                 yield dP
@@ -285,18 +264,16 @@ class FA3Backward:
                 wg.map("sub", r.dP, s.D[i], into=r.dP)
                 wg.map("mul", r.dP, r.S, into=r.dP)  # dS = P o (dP - D)
                 dS = s.dS[i % len(s.dS)]
-                if r.dS and r.P:
+                if not self.wide:
                     # The code converts P before it waits for dP. There, S, dP and both of 16 bits take more registers
                     # than there are at head dims 64 and 128: the compiler has to convert P here.
                     wg.convert(r.dP, into=r.dS)
                     wg.convert(r.S, into=r.P)
                     wg.convert(r.dS, into=dS.columns(*keys))
-                    yield from self.rest_of_step(wg, s, r, tile, i, r.P, r.dS)
                 else:
                     yield s.PdS.wait()  # all of P is there
                     wg.convert(r.dP, into=dS.columns(*keys))
-                    step = self.rest_of_step if self.by_tma else self.rest_of_step_in_slices
-                    yield from step(wg, s, r, tile, i, s.P, dS)
+                yield from (self.rest_of_step if self.by_tma else self.rest_of_step_in_slices)(wg, s, r, tile, i)
                 s.LSE.release(i)
                 s.Q.release(i)
             if tile.count:
@@ -305,12 +282,12 @@ class FA3Backward:
             wg.map("scale", r.dK, into=r.dK)
             yield from self.write_output(wg, s, r, tile)
 
-    def rest_of_step(self, wg: Warpgroup, s: Shared, r: Fragments, tile: WorkTile, i: int, P: Any, dS: Any) -> Program:
-        """dV, dQ and dK, each issued before the one before it is awaited. P and dS: the consumer's own, or all."""
-        columns = self.my_columns(wg.index)
+    def rest_of_step(self, wg: Warpgroup, s: Shared, r: Fragments, tile: WorkTile, i: int) -> Program:
+        """dV, dQ and dK, each issued before the one before it is awaited."""
+        columns, all_dS, K = self.my_columns(wg.index), s.dS[i % len(s.dS)], s.K[tile.index]
+        P, dS = (s.P, all_dS) if self.wide else (r.P, r.dS)
         dV = product(wg, P.T, s.dO[i].columns(*columns), r.dV, self.wide, accumulate=True)  # dV += P^T dO
         yield s.PdS.wait()  # all of dS is there
-        all_dS, K = s.dS[i % len(s.dS)], s.K[tile.index]
         a, b = (self.my_dq(wg.index, all_dS), K) if self.dq_by_rows else (all_dS, self.my_dq(wg.index, K))
         dQ = product(wg, a, b, r.dQ, self.dq_swapped)  # dQ = dS K
         yield dV
@@ -324,17 +301,15 @@ class FA3Backward:
         s.dQ_full[wg.index].wait()  # says so, and goes on
         yield dK
 
-    def rest_of_step_in_slices(
-        self, wg: Warpgroup, s: Shared, r: Fragments, tile: WorkTile, i: int, P: Any, dS: Any
-    ) -> Program:
-        """The same with half of a consumer's columns at a time; dQ goes to HBM from registers."""
-        first, count = self.my_columns(wg.index)
+    def rest_of_step_in_slices(self, wg: Warpgroup, s: Shared, r: Fragments, tile: WorkTile, i: int) -> Program:
+        """The same for half of a consumer's columns at a time (Slice_dQKV_Mma): there is no room for all of dQ."""
+        (first, count), (dS,) = self.my_columns(wg.index), s.dS
 
         def half(n: int, operand: Any, first: int = first) -> Any:
             return operand.columns(first + n * count // 2, count // 2)
 
         def dV(n: int) -> Awaitable:  # noqa: N802
-            return product(wg, P.T, half(n, s.dO[i]), half(n, r.dV, 0), swapped=True, accumulate=True)
+            return product(wg, s.P.T, half(n, s.dO[i]), half(n, r.dV, 0), swapped=True, accumulate=True)
 
         def dQ(n: int) -> Awaitable:  # noqa: N802
             return product(wg, dS, half(n, s.K[tile.index]), r.dQ, self.dq_swapped)
@@ -357,8 +332,7 @@ class FA3Backward:
 
     def my_columns(self, index: int) -> tuple[int, int]:
         """Those of dK and dV that a consumer has: all of its keys, or some of all keys."""
-        width = self.width // self.consumers
-        return (index * width, width) if self.wide else (0, self.width)
+        return (index * self.width // self.consumers, self.width // self.consumers) if self.wide else (0, self.width)
 
     def my_dq(self, index: int, tile: Any) -> Any:
         """The part of dQ that a consumer has: some rows of the queries, or some columns."""
@@ -384,11 +358,10 @@ class FA3Backward:
 
     def write_output(self, wg: Warpgroup, s: Shared, r: Fragments, tile: WorkTile) -> Program:
         """dK and dV go to HBM through the shared memory of K and V, by TMA."""
-        count = self.BLOCK_N // self.consumers
-        columns = self.my_columns(wg.index)
 
-        def mine(operand: Any) -> Any:
-            return operand.columns(*columns) if self.wide else operand.rows(wg.index * count, count)
+        def mine(whole: Any) -> Any:
+            rows = self.BLOCK_N // self.consumers
+            return whole.columns(*self.my_columns(wg.index)) if self.wide else whole.rows(wg.index * rows, rows)
 
         if wg.problem.heads_per_kv > 1:
             if tile.count:  # the code adds from shared memory: 32 bits, for which there is room where K and V were
@@ -399,14 +372,13 @@ class FA3Backward:
             wg.store(r.dV, into=mine(tile.dV))
             wg.store(r.dK, into=mine(tile.dK))
             return
-        dK, dV = s.dK[tile.index], s.dV[tile.index]
         yield s.consumers.wait()  # nobody reads K and V any more
-        wg.convert(r.dV, into=mine(dV))
-        wg.convert(r.dK, into=mine(dK))
+        wg.convert(r.dV, into=mine(s.dV[tile.index]))
+        wg.convert(r.dK, into=mine(s.dK[tile.index]))
         yield s.consumers.wait()  # all of dK and dV is there
         if wg.index == self.consumers - 1:
-            wg.store(dV, into=tile.dV)
-            yield wg.store(dK, into=tile.dK)
+            wg.store(s.dV[tile.index], into=tile.dV)
+            yield wg.store(s.dK[tile.index], into=tile.dK)
             s.dV.release(tile.index)
             s.dK.release(tile.index)
 
@@ -416,14 +388,13 @@ class FA3Backward:
         return regs.tile("sum", (self.BLOCK_N // 2, self.width))
 
     def clear(self, name: str, wg: Warpgroup, s: None, r: Operand) -> Program:
-        """A launch of the framework's (torch.zeros in mha_bwd, hopper/flash_api.cpp)."""
+        """torch.zeros in mha_bwd, hopper/flash_api.cpp."""
         for tile in wg.tiles():
             wg.map("fill", 0.0, into=r)
             yield wg.store(r, into=getattr(tile, f"{name}_accum").rows(wg.index * r.shape[0], r.shape[0]))
 
     def convert(self, name: str, wg: Warpgroup, s: None, r: Operand) -> Program:
         """hopper/flash_bwd_postprocess_kernel.h."""
-        mine = (wg.index * r.shape[0], r.shape[0])
         for tile in wg.tiles():
-            yield wg.load(getattr(tile, f"{name}_accum").rows(*mine), into=r)
-            wg.store(r, into=getattr(tile, name).rows(*mine))
+            yield wg.load(getattr(tile, f"{name}_accum").rows(wg.index * r.shape[0], r.shape[0]), into=r)
+            wg.store(r, into=getattr(tile, name).rows(wg.index * r.shape[0], r.shape[0]))

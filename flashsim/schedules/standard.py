@@ -2,31 +2,23 @@
 
 S and P go through HBM between separate kernels (algorithm 0 of the FlashAttention paper, arXiv 2205.14135): a copy of
 each of Q, K and V in which a head's rows follow each other, S = scale Q K^T, a pass for a mask, a softmax over rows,
-one for dropout, O = P V. Keys and values that query heads share are repeated for them first.
+one for dropout, O = P V. Keys and values that query heads share are repeated for them first (repeat_interleave).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Kernel, Schedule, switch
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, start
 from flashsim.schedules.standard_backward import StandardBackward
-from flashsim.schedules.standard_passes import OF_SCORES, Multiply, OverRows, OverScores, Piece, kernel
+from flashsim.schedules.standard_passes import OF_SCORES, Passes, Piece, kernel
 from flashsim.schedules.verbs import Operand, Program, Registers, Warpgroup
 
 ROW_ELEMENTS = 16384
 """Scores that a CTA of the softmax kernel holds in its registers, 128 in each thread, unless one row has more."""
-
-
-@dataclass
-class Rows:
-    """The register tiles of the softmax."""
-
-    S: Operand
-    stats: Statistics
 
 
 @dataclass(frozen=True)
@@ -38,6 +30,7 @@ class Standard(Schedule):
     source = "arXiv 2205.14135, algorithm 0; attention_pytorch in the FlashAttention repository's benchmarks"
     directions = ("fwd", "bwd", "fwd+bwd")
     dropout = True
+    passes: ClassVar[type[Passes]] = Passes
     backward: ClassVar[type[StandardBackward]] = StandardBackward
 
     mma: str = switch(None, "instruction of the products", ("mma.sync", "wgmma"))
@@ -53,36 +46,40 @@ class Standard(Schedule):
         ]
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
-        mma: Literal["mma.sync", "wgmma"] = "wgmma" if self.mma == "wgmma" else "mma.sync"
-        tile = (self.BLOCK_M, self.BLOCK_N, mma)
-        launches = {"fwd": self.forward(problem, tile), "bwd": self.backward(*tile).kernels(problem)}
+        make = self.passes(problem, self.BLOCK_M, self.BLOCK_N, "wgmma" if self.mma == "wgmma" else "mma.sync")
+        launches = {"fwd": self.forward(problem, make), "bwd": self.backward().kernels(problem, make)}
         return tuple(kernel for name in problem.passes for kernel in launches[name])
 
-    def forward(self, p: AttentionProblem, tile: tuple[int, int, Any]) -> tuple[Kernel, ...]:
-        """A mask that is the same for all is added to S, into another buffer; others are filled in where S is."""
+    def forward(self, p: AttentionProblem, make: Passes) -> tuple[Kernel, ...]:
+        """A mask that is the same for all heads and batch entries is added to the scores, which gives another matrix;
+        one that is not is filled in where they are."""
         d, dv, grouped, masked = p.head_dim, p.head_dim_v, p.heads_per_kv > 1, p.mask_rule.kind != "full"
-        added = masked and not p.mask_rule.by_batch
-        scores = "work" if added else "S"
-        key, value = ("K_repeated", "V_repeated") if grouped else ("K", "V")
-        repeated = (
-            OverRows("repeat_K", "copy", "K", "K_repeated", "keys", d),
-            OverRows("repeat_V", "copy", "V", "V_repeated", "keys", dv),
-        )
-        steps: tuple[Any, ...] = (
-            *(repeated if grouped else ()),
-            OverRows("permute_Q", "copy", "Q", "Q_heads", "queries", d),
-            OverRows("permute_K", "copy", key, "K_heads", "keys", d),
-            OverRows("permute_V", "copy", value, "V_heads", "keys", dv),
-            Multiply("scores", "scores", "Q_heads", "K_heads", scores, d, *tile, scaled=True),
-            *([OverScores("mask", "mask", scores, "S")] if masked else []),
-            Softmax(),
-            *([Dropout()] if p.dropout else []),
-            Multiply("output", "queries", "S" if p.dropout else "P", "V_heads", "O", dv, *tile),
-        )
-        return tuple(step.kernel(p) for step in steps)
+        scores = "work" if masked and not p.mask_rule.by_batch else "S"
+        kernels = [
+            make.over_rows("permute_Q", "Q", "Q_heads", "queries", d),
+            make.over_rows("permute_K", "K_repeated" if grouped else "K", "K_heads", "keys", d),
+            make.over_rows("permute_V", "V_repeated" if grouped else "V", "V_heads", "keys", dv),
+            make.scores("scores", "Q_heads", "K_heads", scores, d, scaled=True),  # scaled, so that S does not overflow
+        ]
+        if grouped:
+            repeat_K = make.over_rows("repeat_K", "K", "K_repeated", "keys", d)
+            kernels[:0] = [repeat_K, make.over_rows("repeat_V", "V", "V_repeated", "keys", dv)]
+        if masked:
+            kernels.append(make.over_scores("mask", scores, "S", "mask"))
+        kernels.append(Softmax().kernel(p))
+        if p.dropout:
+            kernels.append(kernel("dropout", Dropout(), ("P", "S", "kept"), **OF_SCORES))
+        return (*kernels, make.by_queries("output", "S" if p.dropout else "P", "V_heads", "O", dv))
 
 
-@dataclass(frozen=True)
+@dataclass
+class Rows:
+    """The register tiles of the softmax."""
+
+    S: Operand
+    stats: Statistics
+
+
 class Softmax:
     """P = softmax(S): a CTA has whole rows, one KV tile wide."""
 
@@ -108,17 +105,12 @@ class Softmax:
                 wg.store(r.stats.l, into=tile.LSE)
 
 
-@dataclass(frozen=True)
 class Dropout:
-    """P o keep / (1 - p), which takes the place of S, and a byte for each element that says whether it is kept."""
-
-    def kernel(self, p: AttentionProblem) -> Kernel:
-        return kernel("dropout", self, ("P", "S", "kept"), **OF_SCORES)
+    """P~ = P o keep / (1 - p), which takes the place of S, and a byte for each element: is it kept?"""
 
     def registers(self, regs: Registers) -> Piece:
-        shape = regs.kernel.BLOCK_M, regs.kernel.BLOCK_N
-        dtype = regs.problem.dtype
-        return Piece(regs.tile("P", shape, dtype), regs.tile("kept", shape, dtype), regs.rows("1 - p", shape[0]))
+        shape, dtype = (regs.kernel.BLOCK_M, regs.kernel.BLOCK_N), regs.problem.dtype
+        return Piece(regs.tile("P", shape, dtype), regs.tile("kept", shape), regs.rows("1 - p", shape[0]))
 
     def program(self, wg: Warpgroup, s: None, r: Piece) -> Program:
         for tile in wg.tiles():

@@ -1,87 +1,71 @@
 """Standard attention, backward: what autograd runs for the forward pass of `standard`.
 
 P~ is P after dropout. dP~ = dO V^T, dV = P~^T dO, dP = dP~ o keep / (1 - p), dS = P o (dP - rowsum(P o dP)),
-dQ = scale dS K, dK = scale dS^T Q, and the gradients of the copies: permuted back, and summed over the query heads that
-share a KV head.
+dQ = scale dS K, dK = scale dS^T Q; then the gradients of the copies: permuted back, and summed over the query heads
+that share a KV head.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel
-from flashsim.schedules.standard_passes import (
-    OF_SCORES,
-    PIECE,
-    Multiply,
-    OverRows,
-    OverScores,
-    Piece,
-    kernel,
-)
+from flashsim.schedules.standard_passes import OF_SCORES, PIECE, Passes, Piece, kernel
 from flashsim.schedules.verbs import Operand, Program, Registers, Warpgroup
 
 ROW_ELEMENTS = 8192
 """Elements of P, and of dP, that a CTA of the softmax kernel holds in its registers, unless one row has more."""
-FILL = (
-    OverScores("mask_bwd_zero", "zero", "work", "work"),
-    OverScores("mask_bwd_copy", "copy", "dS", "work"),
-    OverScores("mask_bwd_slice", "copy", "work", "S"),
-    OverScores("mask_bwd_clone", "copy", "S", "P"),
-    OverScores("mask_bwd_clone_again", "copy", "P", "work"),
-    OverScores("mask_bwd_fill", "visit", "work", "work"),  # 0 where the mask is; dS, as P, is 0 there already
-    OverScores("mask_bwd_return", "copy", "work", "S"),
-)
-"""The gradient of a fill in place: autograd takes S for a part of a larger tensor and copies it in and out (CopySlices
-in PyTorch; the kernels are those that its profiler lists)."""
 
 
-@dataclass(frozen=True)
 class StandardBackward:
-    """The launches of the backward pass; the tile is that of the products."""
+    """The launches of the backward pass."""
 
-    BLOCK_M: int
-    BLOCK_N: int
-    mma: Literal["mma.sync", "wgmma"]
+    def kernels(self, p: AttentionProblem, make: Passes) -> tuple[Kernel, ...]:
+        """Buffers: dP~ is in `work`. With dropout dP goes where P~ was, in S, and dS where dP~ was. dV is in V_heads,
+        dK in K_heads, dQ in its own place and then in Q_heads, each of which holds nothing else by then."""
+        d, dv, grouped = p.head_dim, p.head_dim_v, p.heads_per_kv > 1
+        dropped, dP, dS = ("S", "S", "work") if p.dropout else ("P", "work", "dS")
+        kernels = [make.scores("dP", "dO", "V_heads", "work", dv), make.by_keys("dV", dropped, "dO", "V_heads", dv)]
+        if p.dropout:
+            kernels.append(kernel("dropout_bwd", DropoutBackward(), ("work", "kept", "S"), **OF_SCORES))
+        kernels.append(SoftmaxBackward(dP, dS).kernel(p))
+        if p.mask_rule.by_batch:
+            kernels += self.fill(make, dS)
+        kernels += [
+            make.by_queries("dQ", dS, "K_heads", "dQ", d),
+            make.by_keys("dK", dS, "Q_heads", "K_heads", d),
+            make.over_rows("scale_dQ", "dQ", "Q_heads", "queries", d, scaled=True),
+            make.over_rows("scale_dK", "K_heads", "K_heads", "keys", d, scaled=True),
+            make.over_rows("permute_dQ", "Q_heads", "dQ", "queries", d),
+            make.over_rows("permute_dK", "K_heads", "K_repeated" if grouped else "dK", "keys", d),
+            make.over_rows("permute_dV", "V_heads", "V_repeated" if grouped else "dV", "keys", dv),
+        ]
+        if grouped:
+            kernels += [SumHeads("K_repeated", "dK", d).kernel(p), SumHeads("V_repeated", "dV", dv).kernel(p)]
+        return tuple(kernels)
 
-    def kernels(self, p: AttentionProblem) -> tuple[Kernel, ...]:
-        """Buffers: dP~ in `work`; dP there, too, or in S, which P~ leaves; dV in V_heads, dK in K_heads, dQ in its own
-        place and then in Q_heads, which hold what is dead by then."""
-        d, dv, grouped, tile = p.head_dim, p.head_dim_v, p.heads_per_kv > 1, (self.BLOCK_M, self.BLOCK_N, self.mma)
-        filled = p.mask_rule.by_batch
-        dS = "S" if filled else "dS"
-        key, value = ("K_repeated", "V_repeated") if grouped else ("dK", "dV")
-        steps: tuple[Any, ...] = (
-            Multiply("dP", "scores", "dO", "V_heads", "work", dv, *tile),
-            Multiply("dV", "keys", "S" if p.dropout else "P", "dO", "V_heads", dv, *tile),
-            *([DropoutBackward()] if p.dropout else []),
-            SoftmaxBackward("S" if p.dropout else "work"),
-            *(FILL if filled else ()),
-            Multiply("dQ", "queries", dS, "K_heads", "dQ", d, *tile),
-            Multiply("dK", "keys", dS, "Q_heads", "K_heads", d, *tile),
-            OverRows("scale_dQ", "scale", "dQ", "Q_heads", "queries", d),
-            OverRows("scale_dK", "scale", "K_heads", "K_heads", "keys", d),
-            OverRows("permute_dQ", "copy", "Q_heads", "dQ", "queries", d),
-            OverRows("permute_dK", "copy", "K_heads", key, "keys", d),
-            OverRows("permute_dV", "copy", "V_heads", value, "keys", dv),
-            *((SumHeads("sum_dK", "K_repeated", "dK", d), SumHeads("sum_dV", "V_repeated", "dV", dv)) if grouped else ()),
-        )
-        return tuple(step.kernel(p) for step in steps)
+    def fill(self, make: Passes, dS: str) -> list[Kernel]:
+        """The gradient of a fill in place: autograd takes the filled matrix for a part of another one, copies it in and
+        out, and fills a copy (CopySlices in PyTorch; these are the kernels that it launches)."""
+        return [
+            make.over_scores("mask_bwd_zero", "S", "S", "zero"),
+            make.over_scores("mask_bwd_copy", dS, "S", "copy"),
+            make.over_scores("mask_bwd_base", "S", dS, "copy"),
+            make.over_scores("mask_bwd_slice", dS, "P", "copy"),
+            make.over_scores("mask_bwd_clone", "P", "S", "copy"),
+            make.over_scores("mask_bwd_fill", "S", "S", "visit"),  # with 0, which dS, as P, has there already
+            make.over_scores("mask_bwd_return", "S", dS, "copy"),
+        ]
 
 
-@dataclass(frozen=True)
 class DropoutBackward:
     """dP = dP~ o keep / (1 - p)."""
 
-    def kernel(self, p: AttentionProblem) -> Kernel:
-        return kernel("dropout_bwd", self, ("work", "kept", "S"), **OF_SCORES)
-
     def registers(self, regs: Registers) -> Piece:
-        shape = regs.kernel.BLOCK_M, regs.kernel.BLOCK_N
-        dtype = regs.problem.dtype
-        return Piece(regs.tile("dP", shape, dtype), regs.tile("kept", shape, "e4m3"), regs.rows("1 / (1 - p)", shape[0]))
+        shape, dtype = (regs.kernel.BLOCK_M, regs.kernel.BLOCK_N), regs.problem.dtype
+        kept = regs.tile("kept", shape, "e4m3")
+        return Piece(regs.tile("dP", shape, dtype), kept, regs.rows("1 / (1 - p)", shape[0]))
 
     def program(self, wg: Warpgroup, s: None, r: Piece) -> Program:
         for tile in wg.tiles():
@@ -97,14 +81,15 @@ class DropoutBackward:
 
 @dataclass(frozen=True)
 class SoftmaxBackward:
-    """dS = P o (dP - rowsum(P o dP)), of whole rows."""
+    """dS = P o (dP - rowsum(P o dP)): a CTA has whole rows, one KV tile wide."""
 
     dP: str
+    dS: str
 
     def kernel(self, p: AttentionProblem) -> Kernel:
         width = -(-p.seqlen_k // 128) * 128
         height = max(1, min(64, ROW_ELEMENTS // width))
-        return kernel("softmax_bwd", self, ("P", self.dP, "dS"), BLOCK_M=height, BLOCK_N=width)
+        return kernel("softmax_bwd", self, ("P", self.dP, self.dS), BLOCK_M=height, BLOCK_N=width)
 
     def registers(self, regs: Registers) -> Piece:
         shape = regs.kernel.BLOCK_M, regs.kernel.BLOCK_N
@@ -122,7 +107,7 @@ class SoftmaxBackward:
                 wg.reduce("sum", r.b, into=r.row)
                 wg.map("mul", r.a, r.row, into=r.a)
                 wg.map("sub", r.b, r.a, into=r.b)
-                wg.store(r.b, into=tile.dS(j))
+                wg.store(r.b, into=getattr(tile, self.dS)(j))
 
 
 @dataclass
@@ -135,16 +120,15 @@ class Sum:
 
 @dataclass(frozen=True)
 class SumHeads:
-    """The gradient of repeated rows: that of all query heads that share a KV head."""
+    """The gradient of repeated rows: the sum of those of all query heads that share a KV head."""
 
-    name: str
     source: str
     into: str
     width: int
 
     def kernel(self, p: AttentionProblem) -> Kernel:
         grid, tile = Grid(over="keys", heads="kv"), {"BLOCK_M": p.seqlen_q, "BLOCK_N": PIECE // self.width}
-        return kernel(self.name, self, (self.source,), grid=grid, walk="none", **tile)
+        return kernel(f"sum_{self.into}", self, (self.source,), grid=grid, walk="none", **tile)
 
     def registers(self, regs: Registers) -> Sum:
         shape = PIECE // self.width, self.width

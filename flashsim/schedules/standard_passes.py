@@ -28,7 +28,6 @@ BUFFERS = {
 }
 """Device memory beside inputs and outputs. As with a framework's allocator, what comes next takes the place of what is
 dead, so that one buffer holds several things in turn: `standard` and `standard_backward` say which."""
-
 PIECE = 16384
 """Elements that a CTA of an elementwise kernel has in its registers at a time."""
 OF_SCORES = {"BLOCK_M": 64, "BLOCK_N": 256}
@@ -39,23 +38,82 @@ OF_SCORES = {"BLOCK_M": 64, "BLOCK_N": 256}
 class LibraryKernel(Kernel):
     """A framework's kernel; `devices.spec.Library.byte_per_ns` says at what rate it moves data."""
 
-    flop_per_byte: float = 0.0
-    """FLOPs of a product for each byte of its operands and its result."""
     indexed: bool = False
     """An elementwise kernel of which an operand is broadcast or permuted: it divides to find each element's place and
     moves two bytes a thread (elementwise_kernel in PyTorch's CUDALoops.cuh), where others are vectorized."""
+    flop_per_byte: float = 0.0
+    """FLOPs of a product for each byte of its operands and its result."""
 
 
-def kernel(name: str, step: Any, tensors: tuple[str, ...], **fields: Any) -> LibraryKernel:
+def kernel(name: str, step: Any, tensors: tuple[str, ...], **fields: Any) -> Kernel:
     """A launch of one role; `step` has its program and its register tiles. `tensors` are those that it names."""
     role = Role("warps", step.program, registers=step.registers)
     workspace = {tensor: BUFFERS[tensor] for tensor in tensors if tensor in BUFFERS}
-    given = {"mma": "mma.sync", "copy": "cp.async", "grid": Grid(), "shared": no_memory, "walk": "all", "masks": False}
-    return LibraryKernel(f"standard_{name}", (role,), library=True, workspace=workspace, **given | fields)
+    given: dict[str, Any] = {"mma": "mma.sync", "copy": "cp.async", "grid": Grid(), "walk": "all", "masks": False}
+    given |= {"shared": no_memory, "library": True, "workspace": workspace}
+    return LibraryKernel(f"standard_{name}", (role,), **given | fields)
 
 
 def no_memory(cta: CTA) -> None:
     """Declares nothing: the kernel has registers only."""
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Makes the kernels that both passes of attention have, with this tile and instruction for the products."""
+
+    problem: AttentionProblem
+    BLOCK_M: int
+    BLOCK_N: int
+    mma: Literal["mma.sync", "wgmma"]
+
+    def scores(self, name: str, left: str, right: str, into: str, width: int, scaled: bool = False) -> Kernel:
+        """into = left right^T: a row of `left` for each query and one of `right` for each key. `scaled`: multiplied by
+        the softmax scale, alpha of a library's product."""
+        M, N = self.BLOCK_M, self.BLOCK_N
+        return self._product(name, Scores(left, right, into, (M, width), (N, width), (M, N), scaled), width)
+
+    def by_queries(self, name: str, left: str, right: str, into: str, width: int) -> Kernel:
+        """into = left right, of scores and a row for each key."""
+        M, N = self.BLOCK_M, self.BLOCK_N
+        return self._product(name, ByQueries(left, right, into, (M, N), (N, width), (M, width)), width)
+
+    def by_keys(self, name: str, left: str, right: str, into: str, width: int) -> Kernel:
+        """into = left^T right, of scores and a row for each query."""
+        M, N = self.BLOCK_M, self.BLOCK_N
+        return self._product(name, ByKeys(left, right, into, (M, N), (M, width), (N, width)), width)
+
+    def _product(self, name: str, step: Product, width: int) -> Kernel:
+        p = self.problem
+        byte = p.element_bytes * (p.seqlen_q * p.seqlen_k + (p.seqlen_q + p.seqlen_k) * width)
+        return kernel(
+            name,
+            step,
+            (step.left, step.right, step.into),
+            BLOCK_M=self.BLOCK_M,
+            BLOCK_N=self.BLOCK_N,
+            mma=self.mma,
+            copy="tma" if self.mma == "wgmma" else "cp.async",
+            shared=step.operands,
+            grid=Grid(over="keys" if isinstance(step, ByKeys) else "queries"),
+            flop_per_byte=2 * p.seqlen_q * p.seqlen_k * width / byte,
+        )
+
+    def over_scores(self, name: str, source: str, into: str, does: Literal["copy", "zero", "mask", "visit"]) -> Kernel:
+        """A pass over scores: to copy them, to write zeros, to hide what the mask hides, or to go over them with a mask
+        that changes nothing."""
+        step = OverScores(source, into, does)
+        return kernel(name, step, (source, into), indexed=does in ("mask", "visit"), **OF_SCORES)
+
+    def over_rows(
+        self, name: str, source: str, into: str, over: Literal["queries", "keys"], width: int, scaled: bool = False
+    ) -> Kernel:
+        """A pass over rows of queries or keys: a copy with heads and rows permuted, or repeated for the heads of a
+        group; or, `scaled`, a multiplication by the softmax scale where all is contiguous."""
+        rows, p = PIECE // width, self.problem
+        M, N = (rows, p.seqlen_k) if over == "queries" else (p.seqlen_q, rows)
+        step, grid = OverRows(source, into, (rows, width), scaled), Grid(over=over)
+        return kernel(name, step, (source, into), grid=grid, indexed=not scaled, BLOCK_M=M, BLOCK_N=N, walk="none")
 
 
 # Products.
@@ -78,94 +136,66 @@ class Accumulator:
 
 
 @dataclass(frozen=True)
-class Multiply:
-    """into = left right^T (`scores`), scores right (`queries`: rows of `into`) or scores^T right (`keys`)."""
+class Product:
+    """Names and tiles of the operands and of the result."""
 
-    name: str
-    gives: Literal["scores", "queries", "keys"]
     left: str
     right: str
     into: str
-    width: int
-    """Columns of the operands, or of one and the result, that are no scores."""
-    BLOCK_M: int
-    BLOCK_N: int
-    mma: Literal["mma.sync", "wgmma"]
-    scaled: bool = False
-    """Multiplied by the softmax scale: alpha of a library's product."""
-
-    def kernel(self, p: AttentionProblem) -> Kernel:
-        byte = p.element_bytes * (p.seqlen_q * p.seqlen_k + (p.seqlen_q + p.seqlen_k) * self.width)
-        return kernel(
-            self.name,
-            _ByKeys(self) if self.gives == "keys" else _Scores(self) if self.gives == "scores" else _ByQueries(self),
-            (self.left, self.right, self.into),
-            BLOCK_M=self.BLOCK_M,
-            BLOCK_N=self.BLOCK_N,
-            mma=self.mma,
-            copy="tma" if self.mma == "wgmma" else "cp.async",
-            shared=self.operands,
-            grid=Grid(over="keys" if self.gives == "keys" else "queries"),
-            flop_per_byte=2 * p.seqlen_q * p.seqlen_k * self.width / byte,
-        )
+    left_tile: tuple[int, int]
+    right_tile: tuple[int, int]
+    into_tile: tuple[int, int]
 
     def operands(self, cta: CTA) -> Operands:
-        scores, queries, keys = (self.BLOCK_M, self.BLOCK_N), (self.BLOCK_M, self.width), (self.BLOCK_N, self.width)
-        left, right = {"scores": (queries, keys), "queries": (scores, keys), "keys": (scores, queries)}[self.gives]
-        return Operands(cta.slot(self.left, left), cta.slot(self.right, right))
+        return Operands(cta.slot(self.left, self.left_tile), cta.slot(self.right, self.right_tile))
 
-    def accumulator(self, regs: Registers) -> Accumulator:
-        scores, queries, keys = (self.BLOCK_M, self.BLOCK_N), (self.BLOCK_M, self.width), (self.BLOCK_N, self.width)
-        shape = {"scores": scores, "queries": queries, "keys": keys}[self.gives]
-        total = regs.tile(self.into, shape)
-        return Accumulator(total, regs.tile(f"{self.into} rounded", shape, regs.problem.dtype, over=total))
+    def registers(self, regs: Registers) -> Accumulator:
+        total = regs.tile(self.into, self.into_tile)
+        return Accumulator(total, regs.tile(f"{self.into} rounded", self.into_tile, regs.problem.dtype, over=total))
 
 
 @dataclass(frozen=True)
-class _Step:
-    of: Multiply
+class Scores(Product):
+    scaled: bool
 
-    def registers(self, regs: Registers) -> Accumulator:
-        return self.of.accumulator(regs)
-
-
-class _Scores(_Step):
     def program(self, wg: Warpgroup, s: Operands, r: Accumulator) -> Program:
         for tile in wg.tiles():
-            yield wg.load(getattr(tile, self.of.left), into=s.left)
+            yield wg.load(getattr(tile, self.left), into=s.left)
             for j in wg.kv_tiles(tile):
-                yield wg.load(getattr(tile, self.of.right)(j), into=s.right)
+                yield wg.load(getattr(tile, self.right)(j), into=s.right)
                 yield wg.gemm(s.left, s.right.T, into=r.sum)
-                if self.of.scaled:
+                if self.scaled:
                     wg.map("scale", r.sum, into=r.sum)
                 wg.convert(r.sum, into=r.rounded)
-                wg.store(r.rounded, into=getattr(tile, self.of.into)(j))
+                wg.store(r.rounded, into=getattr(tile, self.into)(j))
 
 
-class _ByQueries(_Step):
+@dataclass(frozen=True)
+class ByQueries(Product):
     def program(self, wg: Warpgroup, s: Operands, r: Accumulator) -> Program:
         for tile in wg.tiles():
             wg.map("fill", 0.0, into=r.sum)
             for j in wg.kv_tiles(tile):
-                left = wg.load(getattr(tile, self.of.left)(j), into=s.left)
-                yield wg.load(getattr(tile, self.of.right)(j), into=s.right)
-                yield left
+                scores = wg.load(getattr(tile, self.left)(j), into=s.left)
+                yield wg.load(getattr(tile, self.right)(j), into=s.right)
+                yield scores
                 yield wg.gemm(s.left, s.right, into=r.sum, accumulate=True)
             wg.convert(r.sum, into=r.rounded)
-            wg.store(r.rounded, into=getattr(tile, self.of.into))
+            wg.store(r.rounded, into=getattr(tile, self.into))
 
 
-class _ByKeys(_Step):
+@dataclass(frozen=True)
+class ByKeys(Product):
     def program(self, wg: Warpgroup, s: Operands, r: Accumulator) -> Program:
         for tile in wg.tiles():
             wg.map("fill", 0.0, into=r.sum)
             for i in wg.q_tiles(tile):
-                left = wg.load(getattr(tile, self.of.left)(i), into=s.left)
-                yield wg.load(getattr(tile, self.of.right)(i), into=s.right)
-                yield left
+                scores = wg.load(getattr(tile, self.left)(i), into=s.left)
+                yield wg.load(getattr(tile, self.right)(i), into=s.right)
+                yield scores
                 yield wg.gemm(s.left.T, s.right, into=r.sum, accumulate=True)
             wg.convert(r.sum, into=r.rounded)
-            wg.store(r.rounded, into=getattr(tile, self.of.into))
+            wg.store(r.rounded, into=getattr(tile, self.into))
 
 
 # Elementwise kernels.
@@ -173,7 +203,7 @@ class _ByKeys(_Step):
 
 @dataclass
 class Piece:
-    """The register tiles of an elementwise kernel, and one value for each row."""
+    """The register tiles of an elementwise kernel with two operands, and one value for each row."""
 
     a: Operand
     b: Operand
@@ -182,17 +212,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class OverScores:
-    """A pass over matrices of scores, contiguous but for a mask: `copy` and `zero` what is there, hide what the mask
-    hides (`mask`), or go over it with the mask and change nothing (`visit`)."""
-
-    name: str
-    does: Literal["copy", "zero", "mask", "visit"]
     source: str
     into: str
-
-    def kernel(self, p: AttentionProblem) -> Kernel:
-        indexed = self.does in ("mask", "visit")
-        return kernel(self.name, self, (self.source, self.into), indexed=indexed, **OF_SCORES)
+    does: Literal["copy", "zero", "mask", "visit"]
 
     def registers(self, regs: Registers) -> Operand:
         return regs.tile("scores", (regs.kernel.BLOCK_M, regs.kernel.BLOCK_N), regs.problem.dtype)
@@ -211,29 +233,17 @@ class OverScores:
 
 @dataclass(frozen=True)
 class OverRows:
-    """A pass over rows of queries or keys: a `copy` with heads and rows permuted, or repeated for the heads of a group,
-    or a multiplication by the softmax `scale`, where all is contiguous."""
-
-    name: str
-    does: Literal["copy", "scale"]
     source: str
     into: str
-    over: Literal["queries", "keys"]
-    width: int
-
-    def kernel(self, p: AttentionProblem) -> Kernel:
-        rows = PIECE // self.width
-        M, N = (rows, p.seqlen_k) if self.over == "queries" else (p.seqlen_q, rows)
-        grid, indexed = Grid(over=self.over), self.does == "copy"
-        tensors = (self.source, self.into)
-        return kernel(self.name, self, tensors, grid=grid, indexed=indexed, BLOCK_M=M, BLOCK_N=N, walk="none")
+    tile: tuple[int, int]
+    scaled: bool
 
     def registers(self, regs: Registers) -> Operand:
-        return regs.tile("rows", (PIECE // self.width, self.width), regs.problem.dtype)
+        return regs.tile("rows", self.tile, regs.problem.dtype)
 
     def program(self, wg: Warpgroup, s: None, r: Operand) -> Program:
         for tile in wg.tiles():
             yield wg.load(getattr(tile, self.source), into=r)
-            if self.does == "scale":
+            if self.scaled:
                 wg.map("scale", r, into=r)
             wg.store(r, into=getattr(tile, self.into))
