@@ -108,7 +108,7 @@ class FA1(Schedule):
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         if self.build == "paper":
-            sram, head_dim = SRAM_BYTE[architecture], max(problem.head_dim, problem.head_dim_v)
+            sram, head_dim = SRAM_BYTE[architecture], self.padded(max(problem.head_dim, problem.head_dim_v))
             forward = paper_tile(head_dim, sram)
             backward = paper_tile(head_dim, sram // 2 if problem.dropout else sram)  # its mask takes registers
         else:

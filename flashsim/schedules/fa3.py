@@ -102,12 +102,12 @@ class FA3(Schedule):
     deterministic: bool = switch(False, "CTAs add to dQ one after the other, in the order of their keys")
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
-        d, masked = max(problem.head_dim, problem.head_dim_v), problem.mask_rule.kind != "full"
+        d, masked = max(self._widths(problem)), problem.mask_rule.kind != "full"
         rows, keys, in_shared = tile_size(d, masked, self.build)
         if self.overlap_stages == 3:
             keys, in_shared = keys_of_three_stages(rows, d), False
         if problem.dtype == "fp8":
-            (rows, keys), in_shared = fp8_tile_size(max(self._fp8_widths(problem))), False
+            (rows, keys), in_shared = fp8_tile_size(max(self._widths(problem))), False
         consumers = (self.BLOCK_M or rows) // 64
         backward_rows, backward_keys = backward_tile_size(d, masked)
         return {
@@ -153,8 +153,8 @@ class FA3(Schedule):
             lines.append("incoherent is for fp8")
         return lines + (self._backward(problem).complaints(problem) if "bwd" in problem.passes else [])
 
-    def _fp8_widths(self, problem: AttentionProblem) -> tuple[int, int]:
-        """Head dims of the tiles in fp8 (round_up_headdim in hopper/flash_api.cpp)."""
+    def _widths(self, problem: AttentionProblem) -> tuple[int, int]:
+        """Head dims of the tiles (round_up_headdim in hopper/flash_api.cpp); 512 is none that fits."""
         widths = (64, 96, 128, 192, 256, 512)
         d, dv = (next(w for w in widths if w >= given) for given in (problem.head_dim, problem.head_dim_v))
         return d, dv
@@ -166,7 +166,8 @@ class FA3(Schedule):
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
         if problem.dtype == "fp8":
             tile = self.BLOCK_M, self.BLOCK_N, self.num_stages
-            return self.fp8(*tile, bool(self.pingpong), self.incoherent, *self._fp8_widths(problem)).kernels(problem)
+            return self.fp8(*tile, bool(self.pingpong), self.incoherent, *self._widths(problem)).kernels(problem)
+        d, dv = self._widths(problem)
         masked, consumers = problem.mask_rule.kind != "full", self.BLOCK_M // 64
         q_tiles = -(-problem.seqlen_q // self.BLOCK_M)
         multicast = not masked and problem.head_dim >= 128 and (self.build == "2024-07" or q_tiles % 2 == 0)
@@ -185,6 +186,8 @@ class FA3(Schedule):
             BLOCK_N=self.BLOCK_N,
             mma="wgmma",
             copy="tma",
+            head_dim=d,
+            head_dim_v=dv,
             cluster=2 if multicast else 1,
         )
         launches: dict[str, tuple[Kernel, ...]] = {"fwd": (forward,)}
@@ -193,13 +196,13 @@ class FA3(Schedule):
         return tuple(kernel for name in problem.passes for kernel in launches[name])
 
     def shared(self, cta: CTA) -> Shared:
-        p, consumers = cta.problem, self.BLOCK_M // 64
-        V = cta.ring("V", (self.BLOCK_N, p.head_dim_v), self.num_stages, consumers)
+        consumers, d, dv = self.BLOCK_M // 64, cta.head_dim, cta.head_dim_v
+        V = cta.ring("V", (self.BLOCK_N, dv), self.num_stages, consumers)
         return Shared(
-            Q=cta.ring("Q", (self.BLOCK_M, p.head_dim), 1, consumers),
-            K=cta.ring("K", (self.BLOCK_N, p.head_dim), self.num_stages, consumers),
+            Q=cta.ring("Q", (self.BLOCK_M, d), 1, consumers),
+            K=cta.ring("K", (self.BLOCK_N, d), self.num_stages, consumers),
             V=V,
-            O=cta.overlay("O", (self.BLOCK_M, p.head_dim_v), 1, over=V),
+            O=cta.overlay("O", (self.BLOCK_M, dv), 1, over=V),
             P=[cta.slot(f"P{i}", (64, self.BLOCK_N)) for i in range(consumers if self.P_in_shared else 0)],
             turn=cta.turn("turn", consumers if self.pingpong else 0),
             consumers=cta.sync("consumers", consumers),
@@ -210,7 +213,7 @@ class FA3(Schedule):
             S=regs.tile("S", (64, self.BLOCK_N)),
             S_next=regs.tile("S_next", (64, self.BLOCK_N)) if self.overlap_stages == 3 else None,
             P=None if self.P_in_shared else regs.tile("P", (64, self.BLOCK_N), regs.problem.dtype),
-            O=regs.tile("O", (64, regs.problem.head_dim_v)),
+            O=regs.tile("O", (64, regs.head_dim_v)),
             stats=Statistics.declare(regs, 64),
         )
 

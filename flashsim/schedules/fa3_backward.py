@@ -213,13 +213,7 @@ class FA3Backward:
     # The five products: algorithm 3, one block of keys.
 
     def producer(self, warp: Warpgroup, s: Shared, _: Any) -> Program:
-        """Lines 2 to 9. Q runs one tile ahead of dO. A slot of LSE is free when that of Q is, one of D when dO's is."""
-
-        def load_do(i: int) -> Program:
-            yield s.dO.empty(i)
-            warp.load(tile.dO(i), into=s.dO[i])
-            warp.load(tile.D(i), into=s.D[i])
-
+        """Lines 2 to 9. A slot of LSE is free when that of Q is, one of D when that of dO is."""
         for tile in warp.tiles():
             for i in warp.q_tiles(tile):
                 yield s.Q.empty(i)
@@ -228,10 +222,9 @@ class FA3Backward:
                 if i == tile.first:
                     warp.load(tile.K, into=s.K[tile.index])
                     warp.load(tile.V, into=s.V[tile.index])
-                else:
-                    yield from load_do(i - 1)
-            if tile.count:
-                yield from load_do(tile.last)
+                yield s.dO.empty(i)
+                warp.load(tile.dO(i), into=s.dO[i])
+                warp.load(tile.D(i), into=s.D[i])
 
     def consumer(self, wg: Warpgroup, s: Shared, r: Fragments) -> Program:
         """Lines 10 to 26."""

@@ -14,10 +14,12 @@ from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.tensors import Tensor
-from flashsim.schedules.verbs import CTA, Awaitable, Operand, Program, Registers, Sync, Warpgroup
+from flashsim.schedules.verbs import CTA, Awaitable, Operand, Program, Registers, Sync, Warpgroup, WorkTile
 
 COMBINE_ROWS = 16
 """Rows of a CTA of the combine kernel (flash_fwd_launch_template.h: 4, 8 or 16, by head dim)."""
+IN_FLIGHT = 4
+"""Parts that the combine kernel loads ahead (kStages in hopper/flash_fwd_combine_kernel.h)."""
 MAX_SPLITS = 128
 OTHER_INSTRUCTIONS = 60
 """As in fa2."""
@@ -50,7 +52,7 @@ class Fragments:
 
 @dataclass
 class Merging:
-    """The register tiles of the combine kernel: the sum, and the part that is added, twice, so that one can load."""
+    """The register tiles of the combine kernel: the sum, and parts that load while others are added."""
 
     O: Operand  # noqa: E741
     stats: Statistics
@@ -208,27 +210,20 @@ class SplitKV(Schedule):
         return Merging(
             O=regs.tile("O", (rows, width)),
             stats=Statistics.declare(regs, rows),
-            parts=[regs.tile(f"part {n}", (rows, width)) for n in range(2)],
-            lses=[regs.rows(f"LSE of part {n}", rows) for n in range(2)],
+            parts=[regs.tile(f"part {n}", (rows, width)) for n in range(IN_FLIGHT)],
+            lses=[regs.rows(f"LSE of part {n}", rows) for n in range(IN_FLIGHT)],
             weight=regs.rows("weight", rows),
         )
 
     def combine(self, wg: Warpgroup, s: None, r: Merging) -> Program:
-        """O = sum_s exp(LSE_s - LSE) O_s; the part that follows loads while one is added."""
-
-        def load(part: int) -> tuple[Awaitable, Awaitable]:
-            lse = wg.load(tile.LSE_partial(part), into=r.lses[part % 2])
-            return lse, wg.load(tile.O_partial(part), into=r.parts[part % 2])
-
+        """O = sum_s exp(LSE_s - LSE) O_s; the parts that follow load while one is added."""
         for tile in wg.tiles():
             start(wg, r.O, r.stats)
-            loads = load(0)
+            loads = {part: self.load_part(wg, r, tile, part) for part in range(min(IN_FLIGHT, self.num_splits))}
             for part in range(self.num_splits):
-                yield loads[0]
-                yield loads[1]
-                if part + 1 < self.num_splits:
-                    loads = load(part + 1)
-                O, LSE = r.parts[part % 2], r.lses[part % 2]  # noqa: E741
+                O, LSE = r.parts[part % IN_FLIGHT], r.lses[part % IN_FLIGHT]  # noqa: E741
+                yield loads[part][0]
+                yield loads[part][1]
                 wg.map("copy", r.stats.m, into=r.stats.m_old)
                 wg.reduce("max", LSE, into=r.stats.m)
                 wg.map("rescale_factor", r.stats.m_old, r.stats.m, into=r.stats.alpha)
@@ -238,6 +233,13 @@ class SplitKV(Schedule):
                 rescale(wg, r.O, r.stats)
                 wg.map("mul", O, r.weight, into=O)
                 wg.map("add", r.O, O, into=r.O)
+                if part + IN_FLIGHT < self.num_splits:
+                    loads[part + IN_FLIGHT] = self.load_part(wg, r, tile, part + IN_FLIGHT)
             finish(wg, r.O, r.stats)
             wg.store(r.O, into=tile.O)
             wg.store(r.stats.l, into=tile.LSE)
+
+    def load_part(self, wg: Warpgroup, r: Merging, tile: WorkTile, part: int) -> tuple[Awaitable, Awaitable]:
+        """LSE and O of one split."""
+        lse = wg.load(tile.LSE_partial(part), into=r.lses[part % IN_FLIGHT])
+        return lse, wg.load(tile.O_partial(part), into=r.parts[part % IN_FLIGHT])

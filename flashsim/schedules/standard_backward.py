@@ -72,8 +72,9 @@ class DropoutBackward:
             wg.map("fill", 1 / (1 - wg.problem.dropout), into=r.row)
             for j in wg.kv_tiles(tile):
                 kept = wg.load(tile.kept(j), into=r.b)
-                yield wg.load(tile.work(j), into=r.a)
+                dP = wg.load(tile.work(j), into=r.a)
                 yield kept
+                yield dP
                 wg.map("mul", r.a, r.b, into=r.a)
                 wg.map("mul", r.a, r.row, into=r.a)
                 wg.store(r.a, into=tile.S(j))
@@ -100,8 +101,9 @@ class SoftmaxBackward:
         for tile in wg.tiles():
             for j in wg.kv_tiles(tile):
                 p = wg.load(tile.P(j), into=r.a)
-                yield wg.load(getattr(tile, self.dP)(j), into=r.b)
+                dP = wg.load(getattr(tile, self.dP)(j), into=r.b)
                 yield p
+                yield dP
                 wg.map("fill", 0.0, into=r.row)
                 wg.map("mul", r.b, r.a, into=r.b)
                 wg.reduce("sum", r.b, into=r.row)

@@ -177,8 +177,9 @@ class ByQueries(Product):
             wg.map("fill", 0.0, into=r.sum)
             for j in wg.kv_tiles(tile):
                 scores = wg.load(getattr(tile, self.left)(j), into=s.left)
-                yield wg.load(getattr(tile, self.right)(j), into=s.right)
+                rows = wg.load(getattr(tile, self.right)(j), into=s.right)
                 yield scores
+                yield rows
                 yield wg.gemm(s.left, s.right, into=r.sum, accumulate=True)
             wg.convert(r.sum, into=r.rounded)
             wg.store(r.rounded, into=getattr(tile, self.into))
@@ -191,8 +192,9 @@ class ByKeys(Product):
             wg.map("fill", 0.0, into=r.sum)
             for i in wg.q_tiles(tile):
                 scores = wg.load(getattr(tile, self.left)(i), into=s.left)
-                yield wg.load(getattr(tile, self.right)(i), into=s.right)
+                rows = wg.load(getattr(tile, self.right)(i), into=s.right)
                 yield scores
+                yield rows
                 yield wg.gemm(s.left.T, s.right, into=r.sum, accumulate=True)
             wg.convert(r.sum, into=r.rounded)
             wg.store(r.rounded, into=getattr(tile, self.into))
@@ -223,7 +225,7 @@ class OverScores:
         for tile in wg.tiles():
             for j in wg.kv_tiles(tile):
                 if self.does == "zero":
-                    yield wg.map("fill", 0.0, into=r)
+                    wg.map("fill", 0.0, into=r)
                 else:
                     yield wg.load(getattr(tile, self.source)(j), into=r)
                 if self.does == "mask":

@@ -259,7 +259,7 @@ def test_a_step_takes_no_less_than_its_products_and_no_more_than_they_and_what_t
 
 @pytest.mark.parametrize(("head_dim", "mask"), [(128, "full"), (64, "causal"), (192, "full")])
 @pytest.mark.parametrize(
-    ("l2", "tolerance"), [(H100.memory.l2_share_byte, 0.03), (0, 0.08)], ids=["H100's L2", "little"]
+    ("l2", "tolerance"), [(H100.memory.l2_share_byte, 0.05), (0, 0.08)], ids=["H100's L2", "little"]
 )
 def test_the_fast_path(head_dim: int, mask: str, l2: int, tolerance: float) -> None:
     """With less L2 than Q, dO and dQ of a head take, memory is late all the time, and the fast path less exact."""
@@ -268,8 +268,7 @@ def test_the_fast_path(head_dim: int, mask: str, l2: int, tolerance: float) -> N
     memory = dataclasses.replace(device.memory, l2_share_byte=l2 or device.memory.l2_share_byte)
     fast, full = (simulate(p, "fa3", dataclasses.replace(device, memory=memory), full=full) for full in (False, True))
     assert fast.ticks == pytest.approx(full.ticks, rel=tolerance)
-    assert fast.hbm_bytes.read == pytest.approx(full.hbm_bytes.read, rel=0.02)
-    print(f"{fast.ticks / full.ticks - 1:+.2%}")  # noqa: T201
+    assert fast.hbm_bytes.read == pytest.approx(full.hbm_bytes.read, rel=0.05)
 
 
 def test_the_schedule_says_that_it_has_a_backward_pass() -> None:
