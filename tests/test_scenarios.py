@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from flashsim.analysis.run import CaseOutcome, run_scenario
+from flashsim.io.claims import is_claims
 from flashsim.io.experiment import is_experiment
 from flashsim.io.scenario import read_scenario
 
 FOLDER = Path(__file__).parents[1] / "scenarios"
-FILES = [path for path in sorted(FOLDER.glob("*.toml")) if not is_experiment(path)]
+FILES = [path for path in sorted(FOLDER.glob("*.toml")) if not (is_experiment(path) or is_claims(path))]
 CASES = {"a100-fa2": (22, 10), "fa3-ablation": (3, 3), "h100-forward": (72, 34), "h100-locked-clock": (12, 12)}
 """Number of cases, and how many of them were measured."""
 

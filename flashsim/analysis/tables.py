@@ -9,10 +9,12 @@ from rich import box
 from rich.table import Table
 
 from flashsim.analysis.accuracy import AccuracyReport, ErrorStatistics
+from flashsim.analysis.claims import Verdict
 from flashsim.analysis.fp8_error import VariantError
 from flashsim.analysis.run import CaseOutcome, published_beside
 from flashsim.devices import DeviceSpec
 from flashsim.io.case import PROBLEM_FIELDS
+from flashsim.io.claims import QUANTITIES
 from flashsim.io.experiment import Experiment
 from flashsim.io.measured import option_text
 from flashsim.io.scenario import Grid, Scenario, ScenarioCase
@@ -167,6 +169,32 @@ def fp8_error_parts(experiment: Experiment, errors: Sequence[VariantError]) -> l
         f"RMSE: of {rows} rows of O against float64 attention of the unrounded tensors; median over {seeds} seeds",
         *[f"published: {source}" for source in dict.fromkeys(error.source for error in errors) if source],
     ]
+
+
+def claims_parts(verdicts: Sequence[Verdict]) -> list[Any]:
+    """A table with one line per claim, and what its columns mean."""
+    table = _table(
+        [("claim", False), ("source", False), ("says", True), ("simulated", True), ("verdict", False), ("why", False)]
+    )
+    for found in verdicts:
+        claim, unit = found.claim, QUANTITIES[found.claim.quantity].unit
+        cells = [_range(claim.says, unit), "failed" if found.simulated is None else _range(found.simulated, unit)]
+        outside = [f"{word} by {percent(by)} %" for word, by in (("below", found.below), ("above", found.above)) if by]
+        verdict = "within" if found.within else ", ".join(outside) or "-"
+        table.add_row(claim.claim, claim.source, *cells, verdict, claim.why or "")
+    return [
+        table,
+        "",
+        "simulated: over all cases of the claim, at the datasheet's clock unless a case says clock_mhz",
+        "verdict: below and above are part of what the claim says",
+    ]
+
+
+def _range(ends: tuple[float, float], unit: str) -> str:
+    """`1.5 to 2 x`, `75 %` for a fraction of a peak; one number where both ends are the same."""
+    scale, word = (100, "%") if unit == "of peak" else (1, unit)
+    texts = [f"{end * scale:.0f}" if abs(end * scale) >= 1000 else f"{end * scale:.3g}" for end in ends]
+    return f"{' to '.join(dict.fromkeys(texts))} {word}"
 
 
 def clock_words(source: str) -> str:

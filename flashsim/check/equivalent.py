@@ -34,6 +34,17 @@ BEHIND_PV = "dS is read behind the barrier that follows, which comes after the p
 LOADS_AFTER = "the loads for the next step are issued behind the product, not before it: it costs time"
 PASSED_LATER = "the order is passed on behind the product, not before it: it costs time"
 ONE_WARPGROUP = "a check does not tell the four warps of one warpgroup apart, and there is one: the barrier costs time"
+ONE_DO = (
+    "the only slot of dO is loaded again when all have read P, and who writes P has waited for that; the code has both"
+)
+TWO_RELEASES = "two slots are handed back one after the other, without a statement between them that uses either"
+P_IS_THERE = "LSE is read for P, which has been computed"
+ONE_STAGE_LESS = "Q is loaded when the tile before it has been released, which comes after: it costs time"
+DV_BEHIND = "the product with P is issued behind the barrier, not before it: it costs time"
+ADDS_COMMUTE = (
+    "CTAs may add to dQ in any order; that the order then depends on time is noticed where deterministic is asked for"
+)
+READ_AT_ISSUE = "a store from registers reads them when it is issued, and nothing comes after it in its CTA"
 NOTHING_HANDED_ON = "the turn that is passed on before it is no part of what Q's release says"
 
 EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
@@ -76,6 +87,39 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
         ("program", "yield s.everybody.wait()", "earlier"): BEHIND_PV,
         ("program", "yield wg.gemm(s.dS, mine(s.K), into=r.dQ)", "earlier"): LOADS_AFTER,
         ("program", "yield wg.gemm(s.dS.T, mine(Q), into=r.dK, accumulate=True)", "earlier"): PASSED_LATER,
+    },
+    "fa3_backward": {
+        ("producer", "yield s.Q.empty(i)", "next item"): ONE_STAGE_LESS,
+        ("consumer", "yield s.PdS.wait()", "removed"): ONE_DO,
+        ("consumer", "s.LSE.release(i)", "earlier"): P_IS_THERE,
+        ("consumer", "s.Q.release(i)", "earlier"): TWO_RELEASES,
+        ("consumer", "s.K.release(tile.index)", "next item"): ONE_SLOT,
+        ("consumer", "s.K.release(tile.index)", "item before"): ONE_SLOT,
+        ("consumer", "s.V.release(tile.index)", "next item"): ONE_SLOT,
+        ("consumer", "s.V.release(tile.index)", "item before"): ONE_SLOT,
+        ("consumer", "s.V.release(tile.index)", "earlier"): TWO_RELEASES,
+        ("rest_of_step", "yield s.PdS.wait()", "earlier"): DV_BEHIND,
+        ("rest_of_step", "s.D.release(i)", "earlier"): "D is read for dS, which has been computed: before `yield dV`",
+        ("rest_of_step", "s.dO.release(i)", "earlier"): TWO_RELEASES,
+        ("rest_of_step_in_slices", "yield s.PdS.wait()", "earlier"): DV_BEHIND,
+        ("rest_of_step_in_slices", "s.D.release(i)", "next item"): ONE_SLOT,
+        ("rest_of_step_in_slices", "s.D.release(i)", "item before"): ONE_SLOT,
+        ("rest_of_step_in_slices", "s.D.release(i)", "earlier"): "D is read for dS, which has been computed",
+        ("rest_of_step_in_slices", "s.dO.release(i)", "next item"): ONE_SLOT,
+        ("rest_of_step_in_slices", "s.dO.release(i)", "item before"): ONE_SLOT,
+        ("rest_of_step_in_slices", "s.dO.release(i)", "earlier"): TWO_RELEASES,
+        ("dq_writer", "yield s.order.turn(tile, i)", "removed"): ADDS_COMMUTE,
+        ("write_output", "yield s.consumers.wait()", "earlier"): "the statement before it is only a test",
+        ("write_output", "s.dV.release(tile.index)", "next item"): ONE_SLOT,
+        ("write_output", "s.dV.release(tile.index)", "item before"): ONE_SLOT,
+        ("write_output", "s.dK.release(tile.index)", "next item"): ONE_SLOT,
+        ("write_output", "s.dK.release(tile.index)", "item before"): ONE_SLOT,
+        ("write_output", "s.dK.release(tile.index)", "earlier"): TWO_RELEASES,
+        (
+            "clear",
+            'yield wg.store(r, into=getattr(tile, f"{name}_accum").rows(wg.index * r.shape[0], r.shape[0]))',
+            "not awaited",
+        ): READ_AT_ISSUE,
     },
     "split_kv": {
         **{

@@ -30,11 +30,14 @@ def run(
     as_json: Json = False,
     output: Output = None,
 ) -> int:
-    """Simulate the cases of a scenario, or run its experiment, beside what was measured."""
+    """Simulate the cases of a scenario, or run its experiment, beside what was measured, or hold claims against it."""
+    from flashsim.io.claims import is_claims
     from flashsim.io.experiment import is_experiment
 
     if is_experiment(scenario):
         return _run_experiment(scenario, as_json, output)
+    if is_claims(scenario):
+        return _run_claims(scenario, as_json, output)
     from flashsim.analysis.run import published_beside, raise_refused, run_cases
     from flashsim.io.output import json_text
     from flashsim.io.scenario import read_scenario
@@ -92,6 +95,38 @@ def _run_experiment(path: str, as_json: bool, output: str | None) -> int:
 
         show(*filter(None, [scenario.title]), *fp8_error_parts(experiment, errors))
     return say_interrupted(len(found), experiment.seeds) if interrupted else OK
+
+
+def _run_claims(path: str, as_json: bool, output: str | None) -> int:
+    from flashsim.analysis.claims import jobs_of, judge, raise_refused, run_jobs
+    from flashsim.io.claims import read_claims
+    from flashsim.io.output import json_text
+
+    claims = read_claims(path)
+    jobs = jobs_of(claims.claims)
+    with output_file(output) as file:
+        found, interrupted = collect(run_jobs(jobs, os.cpu_count() or 1), len(jobs), "simulating")
+        verdicts = judge(claims.claims, dict(found))
+        raise_refused(claims, verdicts)
+        report = {
+            "scenario": claims.path,
+            "title": claims.title,
+            "complete": not interrupted,
+            "claims": [verdict.to_json() for verdict in verdicts],
+        }
+        if file is not None:
+            file.write(json_text(report))
+    if as_json:
+        write_json(report)
+    else:
+        from flashsim.analysis.tables import claims_parts
+
+        show(*filter(None, [claims.title]), *claims_parts(verdicts))
+    failures = [f"{verdict.claim.claim}: {verdict.failure}" for verdict in verdicts if verdict.failure]
+    complain(failures, FAILED)
+    if interrupted:
+        return say_interrupted(len(found), len(jobs))
+    return FAILED if failures else OK
 
 
 @app.command()

@@ -29,8 +29,8 @@ DROPOUT_INSTRUCTIONS = 9
 four exclusive ors a call, shared by the elements that use its bits. What dropout costs FlashAttention-1's rows."""
 
 PERMUTE_INSTRUCTIONS = 1
-"""Per element: two selects, two shuffles and two byte permutes for eight (hopper/utils.h, permute_Aregs_fp8), rounded up.
-Shuffles are counted as ALU work (assumed)."""
+"""Per element: two selects, two shuffles and two byte permutes for eight (hopper/utils.h, permute_Aregs_fp8), rounded
+up. Shuffles are counted as ALU work (assumed)."""
 TRANSPOSE_INSTRUCTIONS = 0.5
 """Byte permutes per element of 8 bits that is transposed between shared memory and shared memory: two for each register
 of four (hopper/mainloop_fwd_sm90_tma_gmma_ws.hpp, transpose of V by LDSM.T, PRMT and STSM)."""

@@ -6,7 +6,7 @@ again but taken from a few probes of one SM (`pace`).
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -60,6 +60,8 @@ class _Cta:
         self.host = host
         self.reached = 0
         self.working = False
+        self.moved = Counter[tuple[str, str]]()
+        """Where a CTA has a whole head: what it has had the memory do, as `SharedMemory.accounts` has it."""
         if host.resident == 0:
             host.since = sim.now
         host.resident += 1
@@ -184,20 +186,44 @@ class FastSimulation:
         before: tuple[TileClass, ...] = ()
         pending: deque[_Due] = deque()
         yield from cta.go_on(asked)
-        for where in source:
+        # Of a CTA that has all tiles of a head, it is known what will follow.
+        ahead = deque(source) if self.kernel.grid.launch == "head" else None
+        alike = 0
+        while (where := next(source, None) if ahead is None else ahead.popleft() if ahead else None) is not None:
             tile, walk = self._probe.class_of(where), self._probe.walk_at(where)
             self._done[tile] = self._done.get(tile, 0) + self._together
             course = self._pace.course(before, tile, walk.blocks[-1] if walk.blocks else 0)
+            alike = alike + 1 if before[-1:] == (tile,) else 0
             before = (*before, tile)[-WINDOW:]
+            since, moved = self._sim.now, cta.moved.copy()
             arrivals: dict[int, int] = {}
             new = [_Due(asked + mark.time, mark, where, arrivals) for mark in course.marks]
             # At one time, what has to wait comes before what moves: nothing moves that waits for something.
             pending = deque(sorted([*pending, *new], key=lambda due: (due.time, not due.mark.needed)))
             end, asked = asked + course.end, asked + course.step
             yield from self._pass(cta, pending, asked)
+            if ahead and alike > WINDOW and (times := self._alike_ahead(ahead, tile) - 1) > 0:
+                yield self._sim.at(self._sim.now + times * (self._sim.now - since))
+                for _ in range(times):
+                    ahead.popleft()
+                self._repeat(cta.moved - moved, times)
+                self._done[tile] += times * self._together
+                later = times * course.step
+                cta.reached, asked, end = cta.reached + later, asked + later, end + later
+                pending = deque(due._replace(time=due.time + later) for due in pending)
         yield from self._pass(cta, pending, end)
         cta.leave()
         self._end = max(self._end, self._sim.now)
+
+    def _alike_ahead(self, ahead: deque[Coordinates], tile: TileClass) -> int:
+        """How many of the next work tiles are of this class."""
+        return next((n for n, where in enumerate(ahead) if self._probe.class_of(where) != tile), len(ahead))
+
+    def _repeat(self, moved: Counter[tuple[str, str]], times: int) -> None:
+        """Let as much move `times` more as a work tile has moved. Timing assumption: it takes as long as before."""
+        if isinstance(self._memory, SharedMemory):
+            for (tensor, what), amount in moved.items():
+                self._memory.account(tensor, what, amount * times)
 
     def _pass(self, cta: _Cta, pending: deque[_Due], until: int) -> Steps:
         """Go on to `until` in the CTA's own time, past every mark on the way."""
@@ -212,7 +238,7 @@ class FastSimulation:
                 yield from cta.need(due.time, due.arrivals[due.mark.number] - (due.mark.due - due.mark.time))
             else:
                 yield from cta.go_on(due.time)
-                due.arrivals[due.mark.number] = self._move(due.mark, due.where)
+                due.arrivals[due.mark.number] = self._move(cta, due.mark, due.where)
         yield from cta.go_on(until)
 
     def _await_turn(self, cta: _Cta, due: _Due) -> Steps:
@@ -229,8 +255,17 @@ class FastSimulation:
         """When the work tile there first lets the next one go on."""
         return self._passed.setdefault(where, self._sim.event())
 
-    def _move(self, mark: Mark, where: Coordinates) -> int:
+    def _move(self, cta: _Cta, mark: Mark, where: Coordinates) -> int:
         """Let the memory have what moves at `mark`; returns when it can go on."""
+        memory = self._memory
+        if self.kernel.grid.launch != "head" or not isinstance(memory, SharedMemory):
+            return self._ask(mark, where)
+        before = memory.accounts(mark.what.tensor)
+        there = self._ask(mark, where)
+        cta.moved += memory.accounts(mark.what.tensor) - before
+        return there
+
+    def _ask(self, mark: Mark, where: Coordinates) -> int:
         k, piece = self.kernel, mark.piece
         tensor, how = mark.what
         row, head, column = where.block, where.head, 0

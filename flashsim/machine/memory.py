@@ -74,6 +74,24 @@ class SharedMemory:
         """By tensor."""
         self.written_byte = Counter[str]()
 
+    def accounts(self, tensor: str) -> Counter[tuple[str, str]]:
+        """Bytes of a tensor that have been read and written, and ticks for which HBM and L2 have been busy."""
+        return Counter(
+            {
+                (tensor, "read"): self.read_byte[tensor],
+                (tensor, "written"): self.written_byte[tensor],
+                (tensor, "hbm"): self.hbm.busy,
+                (tensor, "l2"): self.l2.busy,
+            }
+        )
+
+    def account(self, tensor: str, what: str, amount: int) -> None:
+        """Add to these, without any time."""
+        if what in ("read", "written"):
+            (self.read_byte if what == "read" else self.written_byte)[tensor] += amount
+        else:
+            (self.hbm if what == "hbm" else self.l2).busy += amount
+
     def fetch(self, key: Key, size_byte: int, sharers: int) -> int:
         now = self.sim.now
         held = self._tiles.get(key)

@@ -23,12 +23,15 @@ MARGIN = 4
 """KV tiles by which a producer can be ahead of the loop whose period is looked at, and more."""
 WINDOW = 2
 """How many work tiles before a tile can still be felt in its time."""
-STEADY = 6
-"""From this KV tile of a work tile on, all are needed as long after they are asked for."""
-SAMPLE = 11
-"""KV tiles of the work tiles that are probed for that."""
+STEADY, SAMPLE = 6, 11
+"""From which KV tile of a work tile on all are needed as long after they are asked for; KV tiles of the work tiles that
+are probed for that."""
+STEADY_IN_A_HEAD, SAMPLE_OF_A_HEAD = 1, 4
+"""The same where a CTA has a whole head for itself: thousands of short steps, whose data nobody else asks for."""
 A_LITTLE = 64
 """Part of a probe's time by which something is let come a little late."""
+LONG_SAMPLE = 32
+"""Steps of such a CTA that are tried beside those of others on its SM."""
 TURNS = 4
 """CTAs that follow each other where CTAs share an SM."""
 SPREADS = 2
@@ -94,7 +97,9 @@ class Pace:
         self._slacks: dict[tuple[What, bool, int], tuple[int, int]] = {}
         self._shares: dict[int, tuple[int, int]] = {}
         tile = probe.typical
-        self._sample = tile._replace(count=min(tile.count, SAMPLE), partial=min(tile.partial, SAMPLE), partial_end=0)
+        whole_head = probe.kernel.grid.launch == "head"
+        self._steady_from, sample = (STEADY_IN_A_HEAD, SAMPLE_OF_A_HEAD) if whole_head else (STEADY, SAMPLE)
+        self._sample = tile._replace(count=min(tile.count, sample), partial=min(tile.partial, sample), partial_end=0)
 
     def _streams(self, tensor: str) -> bool:
         return self.probe.kernel.streams(tensor)
@@ -197,7 +202,7 @@ class Pace:
         other for good when something is late, one of the two says too little; the larger answer is taken. `first`: in
         the first work tile of a CTA.
         """
-        key = (what, first, min(item, STEADY))
+        key = (what, first, min(item, self._steady_from))
         if key not in self._slacks:
             sample = self._sample
             tiles = [sample] if self._one_each else [sample] * 2
@@ -230,16 +235,18 @@ class Pace:
         spread of the memory's latency, a few times.
         """
         if working not in self._shares:
-            tile = self._sample._replace(partial=0)
+            tile, turns_each = self._sample._replace(partial=0), TURNS
+            if self.probe.kernel.grid.launch == "head":  # one long loop, not several that follow each other
+                tile, turns_each = tile._replace(count=min(self.probe.typical.count, LONG_SAMPLE)), 1
             interval = self.probe.costs.ns(self.probe.device.launch.cta_interval_ns) * self.probe.device.sm.count
-            turns = [tile] * working * TURNS
+            turns = [tile] * working * turns_each
             traces = [self.probe.run(turns, working, interval, seed=seed) for seed in self._seeds]
             if tile.count > 1:
                 alone = fmean(_gaps(self.probe.run([tile]).walks, 1))
                 shared = fmean(gap for trace in traces for gap in _gaps(trace.walks, working))
             else:
                 alone = self.probe.run([tile]).end
-                shared = fmean((trace.end - interval * (working - 1)) / TURNS for trace in traces)
+                shared = fmean((trace.end - interval * (working - 1)) / turns_each for trace in traces)
             self._shares[working] = round(max(alone, shared)), round(alone)
         return self._shares[working]
 

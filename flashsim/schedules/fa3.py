@@ -89,7 +89,7 @@ class FA3(Schedule):
     warp_specialized: bool = switch(True, "loads by a producer, not by the consumers")
     pingpong: bool = switch(None, "warpgroups take turns on the tensor cores")
     intra_wg_overlap: bool = switch(True, "softmax of one tile under the PV product of the tile before")
-    overlap_stages: int = switch(2, "KV tiles under way at a time in the overlap: 2, or 3 as in the paper's appendix B.3")
+    overlap_stages: int = switch(2, "KV tiles under way at a time: 2, or 3 as in the paper's appendix B.3")
     persistent: bool = switch(None, "as many CTAs as fit, each with many tiles")
     P_in_shared: bool = switch(None, "P goes to the PV product through shared memory, not registers")
     incoherent: str = switch(
@@ -144,7 +144,7 @@ class FA3(Schedule):
             lines.append("pingpong without intra_wg_overlap needs warp_specialized: else turn and refill deadlock")
         if problem.dtype == "fp8":
             needed = {"warp_specialized": True, "intra_wg_overlap": True, "persistent": True, "P_in_shared": False}
-            lines += [f"{name} must be {value} for fp8" for name, value in needed.items() if getattr(self, name) != value]
+            lines += [f"{name} must be {value} for fp8" for name, value in needed.items() if self.options()[name] != value]
             if self.incoherent != "off" and problem.head_dim not in (64, 128, 256):
                 lines.append(f"incoherent needs head_dim 64, 128 or 256, not {problem.head_dim}: a Hadamard matrix")
             if self.BLOCK_N % 32:

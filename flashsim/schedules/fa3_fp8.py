@@ -1,10 +1,10 @@
 """FlashAttention-3 in fp8, forward (Shah et al., arXiv 2407.08608, section 3.3): what differs from `fa3`.
 
-The tensor cores take fp8 operands only if they lie along k, and V does not for the second product: the producer, a whole
-warpgroup, transposes each V tile in shared memory, into a ring of its own, under the products of the consumers. The
-accumulator of S is spread over the registers in another way than the operand P must be: a permutation. Q, K and V have
-one scale for each block (block quantization); Q and K may have been multiplied by a random-sign Hadamard matrix, which
-spreads outliers and leaves Q K^T as it is (incoherent processing).
+The tensor cores take fp8 operands only if they lie along k, and V does not for the second product: the producer, a
+whole warpgroup, transposes each V tile in shared memory, into a ring of its own, under the products of the consumers.
+The accumulator of S is spread over the registers in another way than the operand P must be: a permutation. Q, K and V
+have one scale for each block (block quantization); Q and K may have been multiplied by a random-sign Hadamard matrix,
+which spreads outliers and leaves Q K^T as it is (incoherent processing).
 """
 
 from __future__ import annotations

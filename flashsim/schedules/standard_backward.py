@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashsim.problem import AttentionProblem
-from flashsim.schedules.base import Grid, Kernel
-from flashsim.schedules.standard_passes import OF_SCORES, PIECE, Passes, Piece, kernel
-from flashsim.schedules.verbs import Operand, Program, Registers, Warpgroup
+from flashsim.schedules.base import Kernel
+from flashsim.schedules.standard_passes import OF_SCORES, Passes, Piece, kernel
+from flashsim.schedules.verbs import Program, Registers, Warpgroup
 
 ROW_ELEMENTS = 8192
 """Elements of P, and of dP, that a CTA of the softmax kernel holds in its registers, unless one row has more."""
@@ -42,7 +42,8 @@ class StandardBackward:
             make.over_rows("permute_dV", "V_heads", "V_repeated" if grouped else "dV", "keys", dv),
         ]
         if grouped:
-            kernels += [SumHeads("K_repeated", "dK", d).kernel(p), SumHeads("V_repeated", "dV", dv).kernel(p)]
+            kernels.append(make.sum_heads("sum_dK", "K_repeated", "dK", d))
+            kernels.append(make.sum_heads("sum_dV", "V_repeated", "dV", dv))
         return tuple(kernels)
 
     def fill(self, make: Passes, dS: str) -> list[Kernel]:
@@ -110,36 +111,3 @@ class SoftmaxBackward:
                 wg.map("mul", r.a, r.row, into=r.a)
                 wg.map("sub", r.b, r.a, into=r.b)
                 wg.store(r.b, into=getattr(tile, self.dS)(j))
-
-
-@dataclass
-class Sum:
-    """The register tiles of a sum over heads."""
-
-    each: Operand
-    total: Operand
-
-
-@dataclass(frozen=True)
-class SumHeads:
-    """The gradient of repeated rows: the sum of those of all query heads that share a KV head."""
-
-    source: str
-    into: str
-    width: int
-
-    def kernel(self, p: AttentionProblem) -> Kernel:
-        grid, tile = Grid(over="keys", heads="kv"), {"BLOCK_M": p.seqlen_q, "BLOCK_N": PIECE // self.width}
-        return kernel(f"sum_{self.into}", self, (self.source,), grid=grid, walk="none", **tile)
-
-    def registers(self, regs: Registers) -> Sum:
-        shape = PIECE // self.width, self.width
-        return Sum(regs.tile("each", shape, regs.problem.dtype), regs.tile("total", shape))
-
-    def program(self, wg: Warpgroup, s: None, r: Sum) -> Program:
-        for tile in wg.tiles():
-            wg.map("fill", 0.0, into=r.total)
-            for head in range(wg.problem.heads_per_kv):
-                yield wg.load(getattr(tile, self.source)(head), into=r.each)
-                wg.map("add", r.total, r.each, into=r.total)
-            wg.store(r.total, into=getattr(tile, self.into))

@@ -28,10 +28,8 @@ BUFFERS = {
 }
 """Device memory beside inputs and outputs. As with a framework's allocator, what comes next takes the place of what is
 dead, so that one buffer holds several things in turn: `standard` and `standard_backward` say which."""
-PIECE = 16384
-"""Elements that a CTA of an elementwise kernel has in its registers at a time."""
 OF_SCORES = {"BLOCK_M": 64, "BLOCK_N": 256}
-"""Such a piece of a matrix of scores."""
+"""The piece of a matrix of scores that a CTA of an elementwise kernel has in its registers at a time."""
 
 
 @dataclass(frozen=True)
@@ -110,10 +108,15 @@ class Passes:
     ) -> Kernel:
         """A pass over rows of queries or keys: a copy with heads and rows permuted, or repeated for the heads of a
         group; or, `scaled`, a multiplication by the softmax scale where all is contiguous."""
-        rows, p = PIECE // width, self.problem
-        M, N = (rows, p.seqlen_k) if over == "queries" else (p.seqlen_q, rows)
-        step, grid = OverRows(source, into, (rows, width), scaled), Grid(over=over)
-        return kernel(name, step, (source, into), grid=grid, indexed=not scaled, BLOCK_M=M, BLOCK_N=N, walk="none")
+        rows = self.BLOCK_M if over == "queries" else self.BLOCK_N
+        step, tile = OverRows(source, into, (rows, width), scaled), {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N}
+        grid = Grid(over=over)
+        return kernel(name, step, (source, into), grid=grid, indexed=not scaled, walk="none", **tile)
+
+    def sum_heads(self, name: str, source: str, into: str, width: int) -> Kernel:
+        """The gradient of repeated rows: for each KV head the sum of those of the query heads that share it."""
+        step, tile = SumHeads(source, into, (self.BLOCK_N, width)), {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N}
+        return kernel(name, step, (source,), grid=Grid(over="keys", heads="kv"), walk="none", **tile)
 
 
 # Products.
@@ -225,7 +228,7 @@ class OverScores:
         for tile in wg.tiles():
             for j in wg.kv_tiles(tile):
                 if self.does == "zero":
-                    wg.map("fill", 0.0, into=r)
+                    yield wg.map("fill", 0.0, into=r)  # equivalent: the scoreboard orders registers
                 else:
                     yield wg.load(getattr(tile, self.source)(j), into=r)
                 if self.does == "mask":
@@ -249,3 +252,29 @@ class OverRows:
             if self.scaled:
                 wg.map("scale", r, into=r)
             wg.store(r, into=getattr(tile, self.into))
+
+
+@dataclass
+class Sum:
+    """The register tiles of a sum over heads."""
+
+    each: Operand
+    total: Operand
+
+
+@dataclass(frozen=True)
+class SumHeads:
+    source: str
+    into: str
+    tile: tuple[int, int]
+
+    def registers(self, regs: Registers) -> Sum:
+        return Sum(regs.tile("each", self.tile, regs.problem.dtype), regs.tile("total", self.tile))
+
+    def program(self, wg: Warpgroup, s: None, r: Sum) -> Program:
+        for tile in wg.tiles():
+            wg.map("fill", 0.0, into=r.total)
+            for head in range(wg.problem.heads_per_kv):
+                yield wg.load(getattr(tile, self.source)(head), into=r.each)
+                wg.map("add", r.total, r.each, into=r.total)
+            wg.store(r.total, into=getattr(tile, self.into))

@@ -208,6 +208,16 @@ def test_where_one_cta_adds_the_order_does_not_matter() -> None:
     assert np.all(total == 1)
 
 
+def test_where_each_cta_adds_to_columns_of_its_own_the_order_does_not_matter() -> None:
+    def own(wg: Warpgroup, work: WorkTile, i: int, ones: Any) -> None:
+        columns = number_of(work) * D // CTAS, D // CTAS
+        wg.atomic_add(ones.columns(*columns), into=work.total(i).columns(*columns))
+
+    launched, total = run(kernel(own), latencies=SLOW)
+    assert launched.order_matters == frozenset()
+    assert np.all(total == 1)
+
+
 def test_two_additions_of_one_warpgroup_come_in_order() -> None:
     def twice(wg: Warpgroup, work: WorkTile, i: int, ones: Any) -> None:
         for _ in range(2):

@@ -111,29 +111,29 @@ def test_a_tensor_of_another_kernel_s_workspace_is_unknown() -> None:
 
 
 def test_a_block_of_queries() -> None:
-    """Query head 5 of 6 reads KV head 1 of 2; its KV tiles come from the last block to the first."""
-    tile = work_tile(kernel(Grid()), block=2, head=5, batch=1, first=10)
+    """Query head 4 of 6 reads KV head 1 of 2; its KV tiles come from the last block to the first."""
+    tile = work_tile(kernel(Grid()), block=2, head=4, batch=1, first=10)
     assert (tile.first, tile.last, tile.count) == (10, 17, 8)
-    assert place(tile.Q) == ("Q", 1, 5, (128, 0), (M, 40))
-    assert place(tile.O) == ("O", 1, 5, (128, 0), (M, 24))
-    assert place(tile.LSE) == ("LSE", 1, 5, (128, 0), (M, 1))
+    assert place(tile.Q) == ("Q", 1, 4, (128, 0), (M, 40))
+    assert place(tile.O) == ("O", 1, 4, (128, 0), (M, 24))
+    assert place(tile.LSE) == ("LSE", 1, 4, (128, 0), (M, 1))
     assert place(tile.K(10)) == ("K", 1, 1, (224, 0), (N, 40))
     assert place(tile.V(17)) == ("V", 1, 1, (0, 0), (N, 24))
-    assert place(tile.S(11)) == ("S", 1, 5, (128, 192), (M, N))
+    assert place(tile.S(11)) == ("S", 1, 4, (128, 192), (M, N))
     assert tile.origin(11) == (128, 192)
-    assert str(tile) == "query block 2 of head 5, batch 1"
+    assert str(tile) == "query block 2 of head 4, batch 1"
 
 
 def test_a_block_of_keys() -> None:
-    tile = work_tile(kernel(Grid(over="keys")), block=7, head=5, batch=1, first=4)
+    tile = work_tile(kernel(Grid(over="keys")), block=7, head=4, batch=1, first=4)
     assert (tile.first, tile.last) == (4, 6)
     assert place(tile.K) == ("K", 1, 1, (224, 0), (N, 40))
     assert place(tile.dV) == ("dV", 1, 1, (224, 0), (N, 24))
-    assert place(tile.dK_expanded) == ("dK_expanded", 1, 5, (224, 0), (N, 40))
-    assert place(tile.Q(4)) == ("Q", 1, 5, (128, 0), (M, 40))
-    assert place(tile.LSE(6)) == ("LSE", 1, 5, (0, 0), (M, 1))
+    assert place(tile.dK_expanded) == ("dK_expanded", 1, 4, (224, 0), (N, 40))
+    assert place(tile.Q(4)) == ("Q", 1, 4, (128, 0), (M, 40))
+    assert place(tile.LSE(6)) == ("LSE", 1, 4, (0, 0), (M, 1))
     assert tile.origin(5) == (64, 224)
-    assert str(tile) == "key block 7 of head 5, batch 1"
+    assert str(tile) == "key block 7 of head 4, batch 1"
 
 
 def test_a_block_of_keys_of_a_kv_head_reads_each_of_its_query_heads() -> None:

@@ -170,7 +170,7 @@ def test_parts_of_parts() -> None:
     assert (part.origin, part.shape, part.part) == ((5, 6), (2, 4), ((5, 7), (6, 10)))
     assert str(part) == "S(batch 1, head 2, rows 5 to 6, columns 6 to 9)"
     assert str(tile((0, 0)).rows(2, 2)) == "S(batch 1, head 2, rows 2 to 3, columns 0 to 19)"
-    assert tile((0, 0)).rows(0, 12) .key == tile((0, 0)).key
+    assert tile((0, 0)).rows(0, 12).key == tile((0, 0)).key
     assert part.key == ("S", 1, 2, 5, 6, 0)
     assert tile().full_byte == 12 * 20 * 4
 

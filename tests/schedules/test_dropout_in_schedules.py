@@ -147,7 +147,8 @@ def test_the_alu_computes_the_random_bits() -> None:
 def test_the_probability_is_no_matter_of_time() -> None:
     """With the same tiles: flash-attn has smaller ones with dropout."""
     rare, often = (
-        simulate(problem(dropout=p, direction="fwd"), "fa2", device(), options=SMALL, full=True).ticks for p in (0.1, 0.9)
+        simulate(problem(dropout=p, direction="fwd"), "fa2", device(), options=SMALL, full=True).ticks
+        for p in (0.1, 0.9)
     )
     assert rare == often
     tiles = [

@@ -75,6 +75,8 @@ def problems(draw: st.DrawFn) -> AttentionProblem:
     st.sampled_from([True, "dtype"]),
 )
 @settings(max_examples=max(1, settings().max_examples // 4), deadline=None)
+# Queries that see one key of the first block and more of the second one, where scores larger than L_i are to be found.
+@example(problem(seqlen_q=300, mask="documents:255+45"), "2022-05", "a100-sxm4-80gb", True)
 @example(problem(seqlen_q=67, seqlen_k=513, mask="causal", direction="bwd"), "2022-05", "a100-sxm4-80gb", True)
 @example(problem(seqlen_q=67, seqlen_k=300, direction="bwd", dropout=0.1), "paper", "a100-sxm4-80gb", "dtype")
 @example(problem(seqlen_q=300, seqlen_k=129, mask="causal", head_dim=128), "2022-05", "l4", True)

@@ -19,6 +19,7 @@ from flashsim.numerics.inputs import random_do, random_inputs
 from flashsim.problem import AttentionProblem
 from flashsim.result import Functional
 from flashsim.schedules import Schedule, load_schedule
+from flashsim.schedules.fa2 import FA2
 from flashsim.schedules.fa2_backward import FA2Backward
 from flashsim.simulate import configured, run_kernels, simulate
 
@@ -104,6 +105,22 @@ def test_published_tiles_are_exact(gpu: str, head_dim: int, head_dim_v: int) -> 
 def test_every_tile_is_exact_with_one_buffer_of_q_and_with_two(tile: tuple[int, int], stages: int) -> None:
     options = {"bwd_BLOCK_M": tile[0], "bwd_BLOCK_N": tile[1], "bwd_stages": stages}
     exact(judged(problem(seqlen_q=300, heads_q=1, mask="causal"), options=options))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tiles"),
+    [
+        ("ampere", {32: (128, 128, 2), 64: (128, 128, 2), 96: (64, 128, 2), 128: (64, 128, 2), 192: (64, 64, 2),
+                    256: (64, 64, 1)}),
+        ("hopper", {64: (128, 128, 2), 128: (64, 128, 2), 256: (64, 64, 2)}),
+        ("ada", {32: (128, 128, 1), 64: (64, 128, 1), 96: (64, 128, 1), 128: (64, 64, 1)}),
+    ],
+)  # fmt: skip
+def test_tiles_are_those_of_the_published_code(architecture: str, tiles: dict[int, tuple[int, int, int]]) -> None:
+    """flash_bwd_launch_template.h, by the shared memory that there is: 164, 227 and 99 KB for a CTA."""
+    for head_dim, tile in tiles.items():
+        chosen = FA2.configure(problem(head_dim=head_dim), architecture, {})
+        assert (chosen.bwd_BLOCK_M, chosen.bwd_BLOCK_N, chosen.bwd_stages) == tile
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

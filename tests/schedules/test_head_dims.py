@@ -18,7 +18,8 @@ HEAD_DIMS = [(d, d) for d in (1, 20, 72, 80, 96, 100, 192, 256)] + [(192, 128), 
 SCHEDULES = ("fa2", "fa3", "split_kv")
 PADDED = {1: 32, 20: 32, 50: 64, 72: 96, 80: 96, 96: 96, 100: 128, 128: 128, 192: 192, 256: 256}
 """To multiples of 32 (round_multiple in csrc/flash_attn/flash_api.cpp)."""
-PADDED_FP8 = {1: 64, 64: 64, 65: 96, 96: 96, 97: 128, 128: 128, 136: 192, 192: 192, 200: 256, 256: 256}
+PADDED_FA3 = {1: 64, 20: 64, 50: 64, 64: 64, 65: 96, 72: 96, 80: 96, 96: 96, 97: 128, 100: 128, 128: 128, 136: 192,
+              192: 192, 200: 256, 256: 256}  # fmt: skip
 """As round_up_headdim in hopper/flash_api.cpp."""
 
 
@@ -69,19 +70,20 @@ def waste(name: str, given: int, wide: int) -> list[str]:
 
 
 @pytest.mark.parametrize(("head_dim", "head_dim_v"), HEAD_DIMS)
-@pytest.mark.parametrize("schedule", ["fa2", "split_kv"])
-def test_tiles_are_multiples_of_32_wide_and_a_note_says_what_is_wasted(
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_tiles_are_as_wide_as_the_library_has_them_and_a_note_says_what_is_wasted(
     schedule: str, head_dim: int, head_dim_v: int
 ) -> None:
     p = problem(head_dim, head_dim_v)
     kernels = load_schedule(schedule).configure(p, "hopper", {}, sms=132).kernels(p)
-    wide = PADDED[head_dim], PADDED[head_dim_v]
+    table = PADDED_FA3 if schedule == "fa3" else PADDED
+    wide = table[head_dim], table[head_dim_v]
     assert {kernel.widths(p) for kernel in kernels} == {wide}
     notes = simulate(p, schedule, device(sms=8), full=True).notes
     assert list(notes) == [*waste("head_dim", head_dim, wide[0]), *waste("head_dim_v", head_dim_v, wide[1])]
 
 
-@pytest.mark.parametrize(("given", "wide"), PADDED_FP8.items())
+@pytest.mark.parametrize(("given", "wide"), PADDED_FA3.items())
 def test_tiles_of_fp8_are_as_wide_as_the_library_has_them(given: int, wide: int) -> None:
     p = problem(given, 64, dtype="fp8")
     result = simulate(p, "fa3", device(), full=True)
@@ -90,14 +92,15 @@ def test_tiles_of_fp8_are_as_wide_as_the_library_has_them(given: int, wide: int)
     assert list(result.notes) == waste("head_dim", given, wide)
 
 
-@pytest.mark.parametrize("schedule", ["fa2", "split_kv"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("full", [True, False])
 def test_the_products_of_padding_are_executed(schedule: str, full: bool) -> None:
     """100 and 50 take what 128 and 64 take: blocks of 64 queries and 3 KV tiles of 128; `flops` counts what was asked
     for."""
     options = {"BLOCK_M": 64, "BLOCK_N": 128}
     given, wide = (
-        simulate(problem(d, dv), schedule, device(sms=4), options=options, full=full) for d, dv in ((100, 50), (128, 64))
+        simulate(problem(d, dv), schedule, device(sms=4), options=options, full=full)
+        for d, dv in ((100, 50), (128, 64))
     )
     assert given.flops_executed == wide.flops_executed == 2 * (2 * 2 * 3) * 64 * 128 * (128 + 64)
     assert given.flops == 2 * 2 * 90 * 300 * (100 + 50)
@@ -127,7 +130,9 @@ def test_padding_takes_the_time_of_the_width_that_it_fills() -> None:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_head_dim_512_does_not_fit(schedule: str) -> None:
-    with pytest.raises(Infeasible, match=r"needs \d+ registers per thread of a \w+ \(24 of them beside its tiles\), the limit"):
+    with pytest.raises(
+        Infeasible, match=r"needs \d+ registers per thread of a \w+ \(24 of them beside its tiles\), the limit"
+    ):
         simulate(problem(512, 512), schedule, device())
 
 
