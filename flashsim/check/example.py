@@ -139,11 +139,11 @@ def _errors(problem: AttentionProblem, found: Functional, tensors: dict[str, Any
     if unwritten:
         where = _rows(unwritten[0], np.isnan(tensors[unwritten[0]]))
         return f"{' and '.join(unwritten)} not written, or not a number{where}"
-    given = tuple(tensors[name] for name in ("Q", "K", "V"))
-    o, lse = attention_reference(*given, problem.mask, dropout=problem.dropout)
+    q, k, v = (tensors[name] for name in ("Q", "K", "V"))
+    o, lse = attention_reference(q, k, v, problem.mask, dropout=problem.dropout)
     right, errors = {"O": o, "LSE": lse.transpose(0, 2, 1)}, {"O": found.max_abs_error, "LSE": found.lse_max_abs_error}
     if found.gradient_max_abs_error is not None:
-        gradients = attention_gradients_reference(*given, tensors["dO"], problem.mask, dropout=problem.dropout)
+        gradients = attention_gradients_reference(q, k, v, tensors["dO"], problem.mask, dropout=problem.dropout)
         right |= dict(zip(("dQ", "dK", "dV"), gradients, strict=True))
         errors |= dict(zip(("dQ", "dK", "dV"), found.gradient_max_abs_error.values(), strict=True))
     with np.errstate(invalid="ignore"):

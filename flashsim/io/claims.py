@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, StrictBool, ValidationError
 
 from flashsim.errors import InputError, unknown
 from flashsim.io.case import CASE_KEYS, Case, CaseBuilder, check_fields
@@ -99,7 +99,7 @@ class _ClaimTable(BaseModel):
     quantity: Annotated[str, BeforeValidator(one_of("quantity", QUANTITIES))]
     why: Name | None = None
     l2: Annotated[str, BeforeValidator(one_of("l2", ["none"]))] | None = None
-    up_to: bool = False
+    up_to: StrictBool = False
 
 
 _CASES = ("case", "than", "over")
@@ -186,7 +186,11 @@ class _Reader:
         try:
             model = _ClaimTable.model_validate(said)
         except ValidationError as error:
-            self.problems += complaints(error, self._where(""), _KEYS)
+            lines = complaints(error, self._where(""), _KEYS)
+            misspelt = [
+                f"{self._place}.{key}: is required" for key in _KEYS if f"did you mean '{key}'" in " ".join(lines)
+            ]
+            self.problems += [line for line in lines if line not in misspelt]
         tables = {name: self._table(table, name) for name in _CASES}
         quantity = None if model is None else QUANTITIES[model.quantity]
         if model is not None and quantity is not None:
@@ -232,13 +236,15 @@ class _Reader:
 
     def _points(self, tables: Mapping[str, dict[str, Any] | None], quantity: Quantity | None) -> list[Point]:
         """Every combination of what `over` lists, in its order; the last key moves fastest."""
-        if tables["case"] is None:
-            self._say("case", "is required")
         case, bad = self._fields("case", tables["case"] or {})
         than, more = self._fields("than", tables["than"] or {})
         axes, most = self._axes(tables["over"] or {})
         if quantity is not None and quantity.of == "gpu":
             case = NO_SHAPE | case
+        if not tables["case"]:
+            if not any(line.startswith(f"{self._place}.case: ") for line in self.problems):
+                self._say("case", "is required")
+            return []
         if math.prod(map(len, axes.values())) > MAX_CASES:
             self._say("over", f"has more than {MAX_CASES} cases")
             return []

@@ -297,7 +297,8 @@ class _WatchedMemory(PrivateMemory):
             rows = k.tensor(what.tensor).rows
             width = k.BLOCK_M if rows == "queries" else k.BLOCK_N
             # Of scores in a block of queries, what streams is the other axis.
-            block = key[COLUMN] // k.BLOCK_N if rows == k.grid.over else key[ROW] // width
+            row, column = int(key[ROW]), int(key[COLUMN])
+            block = column // k.BLOCK_N if rows == k.grid.over else row // width
             item = self._first[tile] - block
         else:
             self.once_byte[tile][what] += size_byte

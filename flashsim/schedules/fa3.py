@@ -144,7 +144,8 @@ class FA3(Schedule):
             lines.append("pingpong without intra_wg_overlap needs warp_specialized: else turn and refill deadlock")
         if problem.dtype == "fp8":
             needed = {"warp_specialized": True, "intra_wg_overlap": True, "persistent": True, "P_in_shared": False}
-            lines += [f"{name} must be {value} for fp8" for name, value in needed.items() if self.options()[name] != value]
+            given = self.options()
+            lines += [f"{name} must be {value} for fp8" for name, value in needed.items() if given[name] != value]
             if self.incoherent != "off" and problem.head_dim not in (64, 128, 256):
                 lines.append(f"incoherent needs head_dim 64, 128 or 256, not {problem.head_dim}: a Hadamard matrix")
             if self.BLOCK_N % 32:

@@ -155,8 +155,8 @@ class Warpgroup(Protocol):
         `mask` and `dropout` take scores, a work tile, the number of a tile of its inner loop, and the row and the
         column of that tile at which the scores begin: without them, below those of the warpgroups before this one.
         `dropout` multiplies by 1 / (1 - p) or by 0, which of them depends on the problem and the place alone. `exp`,
-        `mul` and `div` take numbers, too, and tiles of one element in HBM: `exp` is multiplied by them. `permute` changes
-        which thread holds what. `hadamard` multiplies rows by a random-sign Hadamard matrix (numerics.hadamard).
+        `mul` and `div` take numbers, too, and tiles of one element in HBM: `exp` is multiplied by them. `permute`
+        changes which thread holds what. `hadamard` multiplies rows by a random-sign Hadamard matrix.
         """
 
     def reduce(self, op: ReduceOp, tile: Operand, into: Operand) -> Awaitable:

@@ -145,6 +145,7 @@ def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
         line.startswith("claim[1].quantity: unknown quantity 'time_ms'") and line.endswith(f"(allowed: {names})")
         for line in found
     )
+    assert not any(line.startswith("claim[1].source") for line in found)  # a misspelt key is not missing as well
     for place in ("claim[1].up_to: ", "claim[1].case.gpu: ", "claim[1].case.batch: ", "claim[1].over.mask"):
         assert sum(line.startswith(place) for line in found) == 1, (place, found)
 
@@ -157,23 +158,37 @@ def test_all_mistakes_are_said_at_once(tmp_path: Path) -> None:
         (claim("time_us", "than = {}"), "claim[1].than: does not go with time_us"),
         (claim("time_ratio"), "claim[1].than: is required"),
         (claim("time_us", case=""), "claim[1].case: is required"),
+        (claim("time_us", case="[claim.case]\n"), "claim[1].case: is required"),
+        (claim("time_us", "case = 3", ""), "claim[1].case: 3 is not a table"),
         (claim("time_us", 'l2 = "none"'), "claim[1].l2: does not go with time_us"),
         (
             claim("hbm_gb", 'l2 = "none"', CASE + "kv_heads = 1\n"),
             "claim[1].l2: needs heads that are alike and have K and V of their own, so that one stands for all",
         ),
-        (claim().replace("says = 2", "says = [1, 2, 3]"), "claim[1].says: [1, 2, 3] is neither a number nor a range of two numbers"),
+        (
+            claim().replace("says = 2", "says = [1, 2, 3]"),
+            "claim[1].says: [1, 2, 3] is neither a number nor a range of two numbers",
+        ),
         (claim().replace("says = 2", "says = 0"), "claim[1].says: 0 is not a number above 0"),
         (claim().replace("says = 2", "says = [1, inf]"), "claim[1].says: inf is not a number above 0"),
         (claim() + "[claim.over]\nseqlen = []\n", "claim[1].over.seqlen: [] is not a list of values"),
         (claim() + f"[claim.over]\nseqlen = {list(range(1, 102))}\n", "claim[1].over: has more than 100 cases"),
-        (claim("error_ratio", case="[claim.case]\nvariants = []\n"), "claim[1].case.variants: does not go with error_ratio"),
+        (
+            claim("error_ratio", case="[claim.case]\nvariants = []\n"),
+            "claim[1].case.variants: does not go with error_ratio",
+        ),
         (claim("error_ratio", "over = {}", ""), "claim[1].over: does not go with error_ratio"),
         (claim("error_ratio", case="[claim.case]\nseeds = 0\n"), "claim[1].case.seeds: 0 is not between 1 and 1000"),
-        (claim("time_ratio") + "[claim.than]\nhead_dim = 1000\n", "claim[1].than.head_dim: got 1000, must be a whole number from 1 to 512"),
-        (claim() + "[claim.over]\nseqlen = [128, 0]\n", "claim[1].over.seqlen: got 0, must be a whole number from 1 to 2147483647"),
+        (
+            claim("time_ratio") + "[claim.than]\nhead_dim = 1000\n",
+            "claim[1].than.head_dim: got 1000, must be a whole number from 1 to 512",
+        ),
+        (
+            claim() + "[claim.over]\nseqlen = [128, 0]\n",
+            "claim[1].over.seqlen: got 0, must be a whole number from 1 to 2147483647",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake(tmp_path: Path, text: str, complaint: str) -> None:
     assert problems(tmp_path, text) == [complaint]
 

@@ -34,19 +34,25 @@ def test_the_switches_of_fa3() -> None:
     assert listed == [
         ("BLOCK_M", "int", None, ()),
         ("BLOCK_N", "int", None, ()),
+        ("pack_gqa", "bool", False, ()),
         ("build", "str", "2025-01", ("2024-07", "2025-01")),
         ("num_stages", "int", 2, ()),
         ("warp_specialized", "bool", True, ()),
         ("pingpong", "bool", None, ()),
         ("intra_wg_overlap", "bool", True, ()),
+        ("overlap_stages", "int", 2, ()),
         ("persistent", "bool", None, ()),
         ("P_in_shared", "bool", None, ()),
+        ("incoherent", "str", "off", ("off", "fused", "separate")),
+        ("bwd_BLOCK_M", "int", None, ()),
+        ("bwd_BLOCK_N", "int", None, ()),
+        ("deterministic", "bool", False, ()),
     ]
     assert all(s.help for s in FA3.switches())
 
 
 def test_the_switches_of_fa2() -> None:
-    names = ["BLOCK_M", "BLOCK_N", "bwd_BLOCK_M", "bwd_BLOCK_N", "bwd_stages", "deterministic"]
+    names = ["BLOCK_M", "BLOCK_N", "pack_gqa", "bwd_BLOCK_M", "bwd_BLOCK_N", "bwd_stages", "deterministic"]
     assert [s.name for s in FA2.switches()] == names
     assert all(s.help for s in FA2.switches())
 
@@ -96,7 +102,7 @@ def test_a_value_that_is_not_among_the_choices() -> None:
 def test_an_unknown_switch_is_told_the_nearest() -> None:
     (line,) = refused(FA3, {"ping_pong": "true"})
     assert line.startswith(
-        "unknown switch of fa3 'ping_pong', did you mean 'pingpong'? (allowed: BLOCK_M, BLOCK_N, build,"
+        "unknown switch of fa3 'ping_pong', did you mean 'pingpong'? (allowed: BLOCK_M, BLOCK_N, pack_gqa, build,"
     )
 
 
@@ -155,10 +161,10 @@ class FullOnly(Schedule):
 
 def test_what_a_schedule_has_not() -> None:
     assert refused(FullOnly, {"fats": False}, "ampere", mask="causal", dtype="fp16") == (
-        "schedule fullonly has no mask 'causal' (it has: full)",
-        "schedule fullonly has no dtype 'fp16' (it has: bf16)",
-        "schedule fullonly does not run on ampere (it runs on: hopper)",
-        "unknown switch of fullonly 'fats', did you mean 'fast'? (allowed: BLOCK_M, BLOCK_N, fast)",
+        "schedule full_only has no mask 'causal' (it has: full)",
+        "schedule full_only has no dtype 'fp16' (it has: bf16)",
+        "schedule full_only does not run on ampere (it runs on: hopper)",
+        "unknown switch of full_only 'fats', did you mean 'fast'? (allowed: BLOCK_M, BLOCK_N, pack_gqa, fast)",
     )
 
 
