@@ -258,7 +258,8 @@ def _result(
         bound_by = busiest if utilization[busiest].active >= BOUND_AT else "latency"
     tflops = problem.flops / time_us / 1e6
     kernels = schedule.kernels(problem)
-    tile = {"BLOCK_M": kernels[0].BLOCK_M, "BLOCK_N": kernels[0].BLOCK_N}
+    main = next((kernel for kernel in kernels if kernel.walk != "none"), kernels[0])
+    tile = {"BLOCK_M": main.BLOCK_M, "BLOCK_N": main.BLOCK_N}
     narrow = problem.dtype == "fp8" and device.tensor.fp8_flop_per_clk
     times = narrow / device.tensor.fp16_flop_per_clk if narrow else 1.0
     peak = times * device.tensor.fp16_flop_per_clk * device.sm.count * clock / 1e6

@@ -126,13 +126,14 @@ class FastSimulation:
     def run(self) -> KernelRun:
         """Simulate. Raises Infeasible if the kernel does not fit."""
         self._sim = Simulation()
-        with Watchdog(lambda: self._sim.events):  # one for all the probes, too
+        self._probe = Probe(self.device, self.clock_mhz, self.kernel, self.problem)
+        with Watchdog(lambda: self._sim.events + self._probe.events):  # one for all the probes, too
             return self._run()
 
     def _run(self) -> KernelRun:
         k, p = self.kernel, self.problem
         per_sm = fit(k, p, self.device).ctas_per_sm
-        probe = self._probe = Probe(self.device, self.clock_mhz, k, p)
+        probe = self._probe
         total = probe.kv_tiles
         # Work tiles that have nothing in common can be taken together: their traffic just adds up.
         common = k.grid.launch != "cta" or any(map(k.is_common, probe.tensors))

@@ -241,13 +241,14 @@ class Pace:
             interval = self.probe.costs.ns(self.probe.device.launch.cta_interval_ns) * self.probe.device.sm.count
             turns = [tile] * working * turns_each
             traces = [self.probe.run(turns, working, interval, seed=seed) for seed in self._seeds]
-            if tile.count > 1:
+            if tile.count > 1 and any(map(len, self.probe.run([tile]).walks)):
                 alone = fmean(_gaps(self.probe.run([tile]).walks, 1))
                 shared = fmean(gap for trace in traces for gap in _gaps(trace.walks, working))
             else:
                 alone = self.probe.run([tile]).end
                 shared = fmean((trace.end - interval * (working - 1)) / turns_each for trace in traces)
-            self._shares[working] = round(max(alone, shared)), round(alone)
+            # A loop that has nothing to do takes no time, in any company.
+            self._shares[working] = (round(max(alone, shared)), round(alone)) if round(alone) else (1, 1)
         return self._shares[working]
 
     def first_ask(self) -> int:

@@ -30,7 +30,13 @@ MASKS = {
     "varlen": "varlen:0,201",
     "varlen-causal": "varlen-causal:150,201",
 }
-SMALL = {"fa3": {"BLOCK_M": 64, "BLOCK_N": 32}, "fa2": {"BLOCK_M": 64, "BLOCK_N": 32}, "standard": {}}
+SMALL: dict[str, dict[str, int]] = {
+    "fa3": {"BLOCK_M": 64, "BLOCK_N": 32},
+    "fa2": {"BLOCK_M": 64, "BLOCK_N": 32},
+    "fa1": {},
+    "split_kv": {"BLOCK_M": 64, "BLOCK_N": 32},
+    "standard": {},
+}
 
 
 def problem(mask: str, folder: Path, seqlen: int = 230, **fields: int) -> AttentionProblem:
