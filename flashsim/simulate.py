@@ -216,7 +216,7 @@ def _device_of(kernel: Kernel, device: DeviceSpec) -> DeviceSpec:
     """The device as `kernel` finds it: a framework's kernels reach only a part of the HBM rate."""
     if not kernel.library:
         return device
-    rate = device.library.stream_efficiency * device.memory.hbm_peak_byte_per_ns
+    rate = device.library.byte_per_ns(device.memory.hbm_peak_byte_per_ns, kernel.indexed, kernel.flop_per_byte)
     return replace(device, memory=replace(device.memory, hbm_byte_per_ns=rate))
 
 

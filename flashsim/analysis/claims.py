@@ -104,9 +104,6 @@ def _keys(case: Case | Experiment | None) -> dict[str, Any] | None:
     return case.model_dump() if isinstance(case, Experiment) else None if case is None else case.keys
 
 
-# Simulations.
-
-
 def jobs_of(claims: Iterable[Claim]) -> list[Job | str]:
     """What has to be run, each once, in the order in which claims need it."""
     return list(dict.fromkeys(job for claim in claims for job in _jobs_of(claim)))
@@ -167,6 +164,8 @@ def _judged(claim: Claim, answers: Answers) -> Verdict:
         values = [(point, VALUES[claim.quantity](Found(claim, point, answers))) for point in claim.points]
     except InputError as error:
         return Verdict(claim, refused=error.problems)
+    except SimulationError as error:  # in a schedule of the user's
+        return Verdict(claim, failure=f"{type(error).__name__}: {error}")
     return Verdict(claim, tuple(values))
 
 
@@ -185,9 +184,6 @@ def run_claims(file: ClaimFile, workers: int = 1) -> list[Verdict]:
     verdicts = judge(file.claims, dict(run_jobs(jobs_of(file.claims), workers)))
     raise_refused(file, verdicts)
     return verdicts
-
-
-# Quantities.
 
 
 @dataclass(frozen=True)

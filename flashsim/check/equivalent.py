@@ -27,7 +27,6 @@ REFILL_FOR_ALL = "with a producer the consumers then meet once more for each ite
 FIRST_LOADS = "without a producer a CTA has one work tile: the rings are empty, phase -1 is complete from the start"
 SCOREBOARD = "an mma.sync product writes registers, and the scoreboard holds every reader back until they are written"
 LOAD_AFTER = "the load of V is issued behind the product, not before it, and is awaited all the same: it costs time"
-LOADS_SWAPPED = "the loads of P and V are issued in the other order, and both are awaited before the product"
 PRODUCT_BEFORE_TURN = "the product waits for all of its operands, but not for its turn: " + TIME_ONLY
 REGISTERS_ONLY = "the store before it reads registers, which no other warpgroup can touch"
 BEHIND_PV = "dS is read behind the barrier that follows, which comes after the product with P"
@@ -129,14 +128,11 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
         ("attend", "yield wg.gemm(s.Q, s.K.T, into=r.S)", "not awaited"): SCOREBOARD,
         ("attend", "yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)", "not awaited"): SCOREBOARD,
     },
-    "standard": {
-        ("output", "yield wg.load(tile.V(j), into=s.right)", "earlier"): LOADS_SWAPPED,
-    },
 }
 """By file of a built-in schedule: (function, statement, change)."""
 
 
-PARTS = ("backward", "fp8", "three_stages")
+PARTS = ("passes", "backward", "fp8", "three_stages")
 """Attributes of a schedule that are classes with kernels of their own."""
 
 

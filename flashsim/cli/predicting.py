@@ -26,7 +26,7 @@ from flashsim.errors import InputError, SimulationError
 
 @app.command()
 def run(
-    scenario: Annotated[str, typer.Argument(metavar="SCENARIO", help="A scenario file (TOML).")],
+    scenario: Annotated[str, typer.Argument(metavar="SCENARIO", help="A scenario file or a file of claims (TOML).")],
     as_json: Json = False,
     output: Output = None,
 ) -> int:

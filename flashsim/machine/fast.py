@@ -29,7 +29,8 @@ from flashsim.watchdog import Watchdog
 MAX_CHUNKS = 6_000
 """KV tiles are taken together, and work tiles that share nothing, as many as it needs to have no more than this."""
 MAX_CHUNKS_OF_STREAM = 1_000
-"""The same for the kernels of a library, which stream through memory at one rate from their start to their end."""
+"""The same for the kernels of a library, which stream through memory at one rate from their start to their end, and for
+those whose CTAs have a whole head each, which meet in HBM only."""
 
 
 @dataclass
@@ -60,8 +61,8 @@ class _Cta:
         self.host = host
         self.reached = 0
         self.working = False
-        self.moved = Counter[tuple[str, str]]()
-        """Where a CTA has a whole head: what it has had the memory do, as `SharedMemory.accounts` has it."""
+        self.moved: Counter[tuple[str, str]] | None = None
+        """What it has the memory do in a work tile that is going to be repeated, as `SharedMemory.accounts` has it."""
         if host.resident == 0:
             host.since = sim.now
         host.resident += 1
@@ -137,7 +138,7 @@ class FastSimulation:
         total = probe.kv_tiles
         # Work tiles that have nothing in common can be taken together: their traffic just adds up.
         common = k.grid.launch != "cta" or any(map(k.is_common, probe.tensors))
-        chunks = MAX_CHUNKS_OF_STREAM if k.library else MAX_CHUNKS
+        chunks = MAX_CHUNKS_OF_STREAM if k.library or k.grid.launch == "head" else MAX_CHUNKS
         together = self._together = 1 if common else max(1, tile_count(k, p) // chunks)
         self._pace = Pace(probe, max(1, total // chunks // together), together, not self.options.private_memory)
         costs = probe.costs
@@ -147,6 +148,7 @@ class FastSimulation:
         self._memory = PrivateMemory(sim, costs, tma, k.is_common) if self.options.private_memory else shared
         self._done: dict[TileClass, int] = {}
         self._passed: dict[Coordinates, Event] = {}
+        self._known: dict[str, tuple[int, bool, bool, bool]] = {}
         sms = [_Sm() for _ in range(self.device.sm.count)]
         launch = self._end = costs.ns(self.device.launch.kernel_us * 1000)
         interval = costs.ns(self.device.launch.cta_interval_ns)
@@ -196,18 +198,19 @@ class FastSimulation:
             course = self._pace.course(before, tile, walk.blocks[-1] if walk.blocks else 0)
             alike = alike + 1 if before[-1:] == (tile,) else 0
             before = (*before, tile)[-WINDOW:]
-            since, moved = self._sim.now, cta.moved.copy()
+            times = self._alike_ahead(ahead, tile) - 1 if ahead and alike > WINDOW else 0
+            since, cta.moved = self._sim.now, Counter() if times > 0 else None
             arrivals: dict[int, int] = {}
             new = [_Due(asked + mark.time, mark, where, arrivals) for mark in course.marks]
             # At one time, what has to wait comes before what moves: nothing moves that waits for something.
             pending = deque(sorted([*pending, *new], key=lambda due: (due.time, not due.mark.needed)))
             end, asked = asked + course.end, asked + course.step
             yield from self._pass(cta, pending, asked)
-            if ahead and alike > WINDOW and (times := self._alike_ahead(ahead, tile) - 1) > 0:
+            if ahead and cta.moved is not None:
                 yield self._sim.at(self._sim.now + times * (self._sim.now - since))
                 for _ in range(times):
                     ahead.popleft()
-                self._repeat(cta.moved - moved, times)
+                self._repeat(cta.moved, times)
                 self._done[tile] += times * self._together
                 later = times * course.step
                 cta.reached, asked, end = cta.reached + later, asked + later, end + later
@@ -259,23 +262,31 @@ class FastSimulation:
     def _move(self, cta: _Cta, mark: Mark, where: Coordinates) -> int:
         """Let the memory have what moves at `mark`; returns when it can go on."""
         memory = self._memory
-        if self.kernel.grid.launch != "head" or not isinstance(memory, SharedMemory):
+        if cta.moved is None or not isinstance(memory, SharedMemory):
             return self._ask(mark, where)
         before = memory.accounts(mark.what.tensor)
         there = self._ask(mark, where)
         cta.moved += memory.accounts(mark.what.tensor) - before
         return there
 
+    def _axes(self, name: str) -> tuple[int, bool, bool, bool]:
+        """Of a tensor: how many of the grid's heads share one of its heads, whether it streams, whether work tiles have
+        parts of it in common, and whether it has splits."""
+        if name not in self._known:
+            k, tensor = self.kernel, self.kernel.tensor(name)
+            each = self.problem.heads_per_kv if tensor.heads == "kv" and k.grid.heads == "q" else 1
+            self._known[name] = each, k.streams(name), k.is_common(name), tensor.splits
+        return self._known[name]
+
     def _ask(self, mark: Mark, where: Coordinates) -> int:
-        k, piece = self.kernel, mark.piece
+        piece = mark.piece
         tensor, how = mark.what
-        row, head, column = where.block, where.head, 0
-        if k.tensor(tensor).heads == "kv" and k.grid.heads == "q":
-            head //= self.problem.heads_per_kv
-        if k.streams(tensor):
+        heads_each, streams, is_common, splits = self._axes(tensor)
+        row, head, column = where.block, where.head // heads_each, 0
+        if streams:
             chunk = self._probe.walk_at(where).block(piece.item + piece.items - 1) // self._pace.chunk
-            row, column = (chunk, 0) if k.is_common(tensor) else (row, chunk)
-        key: Key = (tensor, where.batch, head, row, column, where.split if k.tensor(tensor).splits else 0)
+            row, column = (chunk, 0) if is_common else (row, chunk)
+        key: Key = (tensor, where.batch, head, row, column, where.split if splits else 0)
         if how == "fetch":
-            return self._memory.fetch(key, piece.size_byte, k.cluster if k.is_common(tensor) else 1)
+            return self._memory.fetch(key, piece.size_byte, self.kernel.cluster if is_common else 1)
         return (self._memory.write if how == "write" else self._memory.add)(key, piece.size_byte)

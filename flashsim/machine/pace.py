@@ -26,7 +26,9 @@ WINDOW = 2
 STEADY, SAMPLE = 6, 11
 """From which KV tile of a work tile on all are needed as long after they are asked for; KV tiles of the work tiles that
 are probed for that."""
-STEADY_IN_A_HEAD, SAMPLE_OF_A_HEAD = 1, 4
+STEADY_WITHOUT_RINGS, SAMPLE_WITHOUT_RINGS = 2, 6
+"""The same where loads run ahead by one tile at most (cp.async)."""
+STEADY_IN_A_HEAD, SAMPLE_OF_A_HEAD = 0, 4
 """The same where a CTA has a whole head for itself: thousands of short steps, whose data nobody else asks for."""
 A_LITTLE = 64
 """Part of a probe's time by which something is let come a little late."""
@@ -97,8 +99,12 @@ class Pace:
         self._slacks: dict[tuple[What, bool, int], tuple[int, int]] = {}
         self._shares: dict[int, tuple[int, int]] = {}
         tile = probe.typical
-        whole_head = probe.kernel.grid.launch == "head"
-        self._steady_from, sample = (STEADY_IN_A_HEAD, SAMPLE_OF_A_HEAD) if whole_head else (STEADY, SAMPLE)
+        self._whole_head = probe.kernel.grid.launch == "head"
+        self._steady_from, sample = STEADY, SAMPLE
+        if self._whole_head:
+            self._steady_from, sample = STEADY_IN_A_HEAD, SAMPLE_OF_A_HEAD
+        elif probe.kernel.copy == "cp.async":
+            self._steady_from, sample = STEADY_WITHOUT_RINGS, SAMPLE_WITHOUT_RINGS
         self._sample = tile._replace(count=min(tile.count, sample), partial=min(tile.partial, sample), partial_end=0)
 
     def _streams(self, tensor: str) -> bool:
@@ -210,7 +216,9 @@ class Pace:
             item = min(key[2], sample.count - 1) if self._streams(what.tensor) else 0
             on_time = self.probe.run(tiles)
             slack = 0
-            for by in (on_time.end // A_LITTLE, on_time.end):
+            # Whoever stores goes on, but where HBM is far behind: then by much.
+            little = (on_time.end // A_LITTLE,) if what.is_load and not self._whole_head else ()
+            for by in (*little, on_time.end):
                 late = self.probe.run(tiles, late=Late(what, tile, item, by))
                 waited = late.end - on_time.end
                 slack = max(slack, by - waited)
@@ -236,7 +244,7 @@ class Pace:
         """
         if working not in self._shares:
             tile, turns_each = self._sample._replace(partial=0), TURNS
-            if self.probe.kernel.grid.launch == "head":  # one long loop, not several that follow each other
+            if self._whole_head:  # one long loop, not several that follow each other
                 tile, turns_each = tile._replace(count=min(self.probe.typical.count, LONG_SAMPLE)), 1
             interval = self.probe.costs.ns(self.probe.device.launch.cta_interval_ns) * self.probe.device.sm.count
             turns = [tile] * working * turns_each

@@ -107,13 +107,15 @@ class Probe:
             seqlen_q += ROOM * kernel.BLOCK_M
         self._long = replace(problem, seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask="full")
         self._blocks = outer_blocks(kernel, problem)
+        asks_the_mask = kernel.walk == "mask" or (kernel.walk == "all" and kernel.masks)
+        self._by_batch = asks_the_mask and problem.mask_rule.by_batch
         self._traces: dict[Any, Trace] = {}
         self._walks: dict[Coordinates, KVWalk] = {}
         self._classes: dict[Coordinates, TileClass] = {}
 
     def _alike(self, where: Coordinates) -> Coordinates:
         """The first of the work tiles that visit the same tiles as the one at `where`."""
-        return where._replace(head=0, batch=where.batch if self.problem.mask_rule.by_batch else 0)
+        return where._replace(head=0, batch=where.batch if self._by_batch else 0)
 
     def walk_at(self, where: Coordinates) -> KVWalk:
         """The tiles that the work tile there visits."""
@@ -138,7 +140,7 @@ class Probe:
 
     def all_classes(self) -> Iterator[TileClass]:
         """Of each work tile of one head of each batch entry."""
-        for batch in range(self.problem.batch if self.problem.mask_rule.by_batch else 1):
+        for batch in range(self.problem.batch if self._by_batch else 1):
             for block in range(self._blocks):
                 for split in range(self.kernel.grid.splits or 1):
                     yield self.class_of(Coordinates(block, 0, batch, split))
@@ -146,7 +148,7 @@ class Probe:
     @property
     def kv_tiles(self) -> int:
         """Tiles that the work tiles of the whole grid visit."""
-        entries = 1 if self.problem.mask_rule.by_batch else self.problem.batch
+        entries = 1 if self._by_batch else self.problem.batch
         return sum(tile.count for tile in self.all_classes()) * grid_heads(self.kernel, self.problem) * entries
 
     @property

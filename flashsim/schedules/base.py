@@ -86,6 +86,10 @@ class Kernel:
     """The scores that it reads have been multiplied by the softmax scale."""
     library: bool = False
     """A framework's kernel, which moves data at the rate that such kernels reach, not at the best there is."""
+    indexed: bool = False
+    """Such a kernel that finds each element's place by divisions: an operand is broadcast or permuted."""
+    flop_per_byte: float = 0.0
+    """Of a framework's product: what it computes for each byte that it moves."""
     kv_dtype: str = ""
     """Of K and V in HBM, where it is not the problem's."""
     workspace: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)

@@ -32,24 +32,13 @@ OF_SCORES = {"BLOCK_M": 64, "BLOCK_N": 256}
 """The piece of a matrix of scores that a CTA of an elementwise kernel has in its registers at a time."""
 
 
-@dataclass(frozen=True)
-class LibraryKernel(Kernel):
-    """A framework's kernel; `devices.spec.Library.byte_per_ns` says at what rate it moves data."""
-
-    indexed: bool = False
-    """An elementwise kernel of which an operand is broadcast or permuted: it divides to find each element's place and
-    moves two bytes a thread (elementwise_kernel in PyTorch's CUDALoops.cuh), where others are vectorized."""
-    flop_per_byte: float = 0.0
-    """FLOPs of a product for each byte of its operands and its result."""
-
-
 def kernel(name: str, step: Any, tensors: tuple[str, ...], **fields: Any) -> Kernel:
     """A launch of one role; `step` has its program and its register tiles. `tensors` are those that it names."""
     role = Role("warps", step.program, registers=step.registers)
     workspace = {tensor: BUFFERS[tensor] for tensor in tensors if tensor in BUFFERS}
     given: dict[str, Any] = {"mma": "mma.sync", "copy": "cp.async", "grid": Grid(), "walk": "all", "masks": False}
     given |= {"shared": no_memory, "library": True, "workspace": workspace}
-    return LibraryKernel(f"standard_{name}", (role,), **given | fields)
+    return Kernel(f"standard_{name}", (role,), **given | fields)
 
 
 def no_memory(cta: CTA) -> None:

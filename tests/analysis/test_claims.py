@@ -198,6 +198,18 @@ def test_closed_forms(tmp_path: Path, schedule: str, direction: str, options: st
     assert module.formula_byte(case) == 15 * expected  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "direction"),
+    [("standard", "fwd"), ("standard", "bwd"), ("fa1", "fwd"), ("fa1", "bwd"), ("fa2", "fwd")],
+)
+def test_closed_forms_hold_for_lengths_and_widths_that_differ(tmp_path: Path, schedule: str, direction: str) -> None:
+    text = claim("hbm_formula_ratio", schedule, 'l2 = "none"')
+    keys = f'seqlen = 200\nseqlen_k = 333\nhead_dim_v = 32\ndirection = "{direction}"'
+    text = text.replace("seqlen = 300", keys + ('\nset = { build = "paper" }' if schedule == "fa1" else ""))
+    (found,) = run_claims(file_of(tmp_path, text))
+    assert found.simulated == (1.0, 1.0)
+
+
 def test_a_causal_mask_leaves_its_part_of_the_closed_forms(tmp_path: Path) -> None:
     text = claim("time_us", "fa2").replace("seqlen = 300", 'seqlen = 128\nmask = "causal"\nset = { BLOCK_M = 64 }')
     text = text.replace("head_dim = 64", "head_dim = 256")  # 64 keys in a block
@@ -299,6 +311,14 @@ def test_a_claim_whose_simulation_fails_does_not_stop_the_others(
     assert [each["simulated"] is None for each in json.loads(out)["claims"]] == [True, False]
     assert "Deadlock: everybody waits" in err
     assert main(["run", file.path]) == 1
+
+
+def test_a_mistake_in_a_schedule_file_is_a_failure_too(tmp_path: Path) -> None:
+    text = "from flashsim.schedules.fa2 import FA2\n\nclass My(FA2):\n    def kernels(self, problem):\n        1 / 0\n"
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    (found,) = run_claims(file_of(tmp_path, claim("kernels", "./mine.py:My")))
+    assert found.failure is not None
+    assert "mine.py:5: ZeroDivisionError" in found.failure
 
 
 def test_claims_of_which_a_simulation_is_missing_are_left_out(tmp_path: Path) -> None:

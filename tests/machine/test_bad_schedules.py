@@ -59,7 +59,7 @@ def line_in(path: Path, piece: str) -> str:
             "KV tile 1 is none of this work tile's, which are 0 to 0",
         ),
         ('wg.map("mask", r.S, into=r.S)', "map(mask) takes scores, a work tile and the number of a KV tile, got ()"),
-        ('wg.reduce("min", r.S, into=r.stats.m)', "unknown operation of reduce 'min' (allowed: max, sum)"),
+        ('wg.reduce("min", r.S, into=r.stats.m)', "unknown operation of reduce 'min' (allowed: max, abs_max, sum)"),
         ('wg.reduce("max", r.S, into=r.S)', "reduce(max) of (128, 128) into (128, 128): shapes do not fit"),
         ("wg.convert(r.O, into=r.S)", "convert of (128, 32) into (128, 128): shapes do not fit"),
         ("wg.load(tile.Q.rows(0, 32), into=s.Q)", "load of (32, 32) into (128, 32): shapes do not fit"),

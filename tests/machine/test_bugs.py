@@ -159,8 +159,8 @@ BUGS = (
         PUBLISHED,
         (
             (
-                "(self.BLOCK_N, p.head_dim), self.num_stages, consumers)",
-                "(self.BLOCK_N, p.head_dim), self.num_stages, 1)",
+                "(self.BLOCK_N, d), self.num_stages, consumers)",
+                "(self.BLOCK_N, d), self.num_stages, 1)",
             ),
         ),
     ),
@@ -285,8 +285,8 @@ ONCE_OVERLOOKED = (
         ALONE,
         (
             (
-                'Q=cta.ring("Q", (self.BLOCK_M, p.head_dim), 1, consumers)',
-                'Q=cta.slot("Q", (self.BLOCK_M, p.head_dim))',
+                'Q=cta.ring("Q", (self.BLOCK_M, d), 1, consumers)',
+                'Q=cta.slot("Q", (self.BLOCK_M, d))',
             ),
             (
                 "        wg.load(tile.Q, into=s.Q[tile.index])\n",

@@ -28,6 +28,7 @@ from flashsim.units import ticks
 EXACT = 1e-9
 A100, H100, L4 = "a100-sxm4-80gb", "h100-sxm5", "l4"
 SMALL = {"BLOCK_M": 64, "BLOCK_N": 32, "bwd_BLOCK_M": 64, "bwd_BLOCK_N": 64}
+TWO_WARPGROUPS = SMALL | {"BLOCK_M": 256}
 
 
 def device(name: str = A100, sms: int = 2) -> DeviceSpec:
@@ -113,9 +114,11 @@ def test_a_wrong_variant_is_noticed(part: type, old: str, new: str) -> None:
     text = source_of(part)
     assert text.count(old) == 1
     schedule = _with_part(FA2, part, _load(text.replace(old, new), part))
-    options = SMALL | {"BLOCK_M": 256}  # with two warpgroups
-    assert judged(problem(batch=1), options=options).accepted
-    assert not judged(problem(batch=1), schedule, options=options).accepted
+    assert not judged(problem(batch=1), schedule, options=TWO_WARPGROUPS).accepted
+
+
+def test_as_it_is_it_is_right() -> None:
+    assert judged(problem(batch=1), options=TWO_WARPGROUPS).accepted
 
 
 # What it costs.

@@ -157,7 +157,7 @@ def test_alone_only_its_kernels_are_timed(functional: bool) -> None:
     names = ["fa2_bwd_preprocess", "fa2_bwd", "fa2_bwd_convert_dq", "fa2_bwd_sum_heads"]
     for heads_kv, kernels in ((1, names), (2, names[:3])):
         forward, alone, both = (
-            simulate(problem(heads_kv=heads_kv, direction=direction), "fa2", device(), functional=functional)
+            simulate(problem(heads_kv=heads_kv, direction=direction), "fa2", device(), functional=functional, full=True)
             for direction in ("fwd", "bwd", "fwd+bwd")
         )
         assert [kernel.name for kernel in alone.kernels] == kernels

@@ -164,7 +164,7 @@ def test_one_split_needs_no_combine_kernel() -> None:
 # Numbers.
 
 
-@pytest.mark.parametrize("splits", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("splits", [2, 5, 7, 8])
 @pytest.mark.parametrize("mask", ["full", "causal", "window:70,1", "padding:250,33"])
 def test_exact_whatever_the_splits(mask: str, splits: int) -> None:
     """Eight KV tiles; 5 splits leave the last one none, 7 the last three. Behind a window, most splits see nothing."""
