@@ -99,7 +99,7 @@ def run_kernels(
     """
     if settings.tensors is not None:
         _prepare(settings.tensors, problem, schedule)
-    if schedule.pack_gqa and problem.heads_per_kv > 1:
+    if _as_run(problem, schedule) is not problem:
         return _run_packed(problem, schedule, device, clock_mhz, settings, full)
     full = full or settings.tensors is not None or settings.draw is not None
     simulation = FullSimulation if full else FastSimulation
@@ -124,17 +124,24 @@ def _prepare(tensors: dict[str, Any], problem: AttentionProblem, schedule: Sched
             tensors[name] = round_to(saturate(tensors[name], form), form)
 
 
+def _as_run(problem: AttentionProblem, schedule: Schedule) -> AttentionProblem:
+    """The problem that the kernels see."""
+    from flashsim.packing import packed
+
+    return packed(problem) if schedule.pack_gqa else problem
+
+
 def _run_packed(
     problem: AttentionProblem, schedule: Schedule, device: DeviceSpec, clock_mhz: float, settings: Options, full: bool
 ) -> list[KernelRun]:
     """The same with the query heads that share a KV head in one tile."""
-    from flashsim.packing import pack, packed, unpack
+    from flashsim.packing import pack, unpack
 
     unpacked, group = settings.tensors, problem.heads_per_kv
     if unpacked is not None:
         by_query = {name: pack(unpacked[name], group) for name in ("Q", "O", "LSE")}
         settings = replace(settings, tensors=unpacked | by_query)
-    runs = run_kernels(packed(problem), schedule, device, clock_mhz, settings, full)
+    runs = run_kernels(_as_run(problem, schedule), schedule, device, clock_mhz, settings, full)
     if unpacked is not None and settings.tensors is not None:
         for name in ("O", "LSE"):
             unpacked[name] = unpack(settings.tensors[name], group)
@@ -257,7 +264,7 @@ def _result(
     else:
         bound_by = busiest if utilization[busiest].active >= BOUND_AT else "latency"
     tflops = problem.flops / time_us / 1e6
-    kernels = schedule.kernels(problem)
+    kernels = schedule.kernels(_as_run(problem, schedule))
     main = next((kernel for kernel in kernels if kernel.walk != "none"), kernels[0])
     tile = {"BLOCK_M": main.BLOCK_M, "BLOCK_N": main.BLOCK_N}
     narrow = problem.dtype == "fp8" and device.tensor.fp8_flop_per_clk

@@ -44,6 +44,10 @@ ADDS_COMMUTE = (
     "CTAs may add to dQ in any order; that the order then depends on time is noticed where deterministic is asked for"
 )
 READ_AT_ISSUE = "a store from registers reads them when it is issued, and nothing comes after it in its CTA"
+K_BEHIND_V = (
+    "the producer loads K again when V has been released, which is after a product that ends after this one: either is "
+    "enough"
+)
 NOTHING_HANDED_ON = "the turn that is passed on before it is no part of what Q's release says"
 
 EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
@@ -119,6 +123,9 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
             'yield wg.store(r, into=getattr(tile, f"{name}_accum").rows(wg.index * r.shape[0], r.shape[0]))',
             "not awaited",
         ): READ_AT_ISSUE,
+    },
+    "fa3_three_stages": {
+        ("attend", "yield qk", "removed"): K_BEHIND_V,
     },
     "split_kv": {
         **{

@@ -39,7 +39,7 @@ from flashsim.io.measured import option_text
 MAX_CASES = 10_000
 """More than anybody reads in a table; a grid beyond it is a mistake."""
 TABLES = ("title", "case", "grid", "measured", "measured_from", "published")
-OTHER_TABLES = ("fp8_error",)
+OTHER_TABLES = ("fp8_error", "claim")
 """A file with one of them is another kind of scenario: see `flashsim.io.experiment`."""
 
 

@@ -116,9 +116,7 @@ class CTA:
         self._rings.append(ring)
         return ring
 
-    def overlay(
-        self, name: str, shape: tuple[int, int], consumers: int, over: Ring, dtype: str | None = None
-    ) -> Ring:
+    def overlay(self, name: str, shape: tuple[int, int], consumers: int, over: Ring, dtype: str | None = None) -> Ring:
         ring = self.ring(name, shape, 1, consumers, dtype)
         for slot in over.slots:
             ring.slots[0].overlay(slot)

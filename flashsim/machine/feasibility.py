@@ -87,9 +87,7 @@ class SharedNeed:
         self.parts[name] = stages * (self._byte(shape, dtype) + BARRIER_BYTE)
         return name
 
-    def overlay(
-        self, name: str, shape: tuple[int, int], consumers: int, over: Any, dtype: str | None = None
-    ) -> Any:
+    def overlay(self, name: str, shape: tuple[int, int], consumers: int, over: Any, dtype: str | None = None) -> Any:
         self.parts[name] = max(0, self._byte(shape, dtype) - self.parts[over]) + BARRIER_BYTE
         return name
 

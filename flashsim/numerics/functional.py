@@ -116,11 +116,25 @@ def _judge_fp8(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool
     o, lse = attention_reference(q, k, v, problem.mask)
     mine, mine_lse = tensors["O"], tensors["LSE"].transpose(0, 2, 1)
     found = compare_exact(mine, mine_lse, o, lse, v)
+    quantized = _quantized_as_asked(tensors, rounded)
     if not rounded:
-        return found
+        return replace(found, accepted=found.accepted and quantized)
     twin = emulated_attention(q, k, v, problem.output_dtype, problem.mask)
     bounds = fp8_bounds(q, k, v, problem.output_dtype, problem.mask)
-    return replace(found, accepted=compare_fp8(mine, mine_lse, o, lse, twin, bounds).accepted)
+    return replace(found, accepted=compare_fp8(mine, mine_lse, o, lse, twin, bounds).accepted and quantized)
+
+
+def _quantized_as_asked(tensors: dict[str, Any], rounded: bool) -> bool:
+    """Where kernels have quantized Q and K: do their codes stand for the transformed tensors, but for rounding?"""
+    for name in ("Q", "K"):
+        if f"{name}_16" in tensors:
+            wanted = hadamard_transform(tensors[f"{name}_16"], HADAMARD_SEED)
+            # Half a unit in the last of e4m3's four digits; below its normal numbers, half of 2^-9 of the scale.
+            scale = np.nanmax(tensors[f"{name}_scale"])
+            allowed = np.abs(wanted) / 16 + scale * 2.0**-10 if rounded else 1e-9 * np.abs(wanted).max(initial=0.0)
+            if np.any(np.abs(_dequantized(tensors, name) - wanted) > allowed):
+                return False
+    return True
 
 
 def _judge_gradients(

@@ -146,6 +146,10 @@ class FA3(Schedule):
             needed = {"warp_specialized": True, "intra_wg_overlap": True, "persistent": True, "P_in_shared": False}
             given = self.options()
             lines += [f"{name} must be {value} for fp8" for name, value in needed.items() if given[name] != value]
+            if self.num_stages < 2:
+                lines.append(
+                    "num_stages must be at least 2 for fp8: the producer loads one tile ahead of its transpose"
+                )
             if self.incoherent != "off" and problem.head_dim not in (64, 128, 256):
                 lines.append(f"incoherent needs head_dim 64, 128 or 256, not {problem.head_dim}: a Hadamard matrix")
             if self.BLOCK_N % 32:
@@ -171,7 +175,7 @@ class FA3(Schedule):
         d, dv = self._widths(problem)
         masked, consumers = problem.mask_rule.kind != "full", self.BLOCK_M // 64
         q_tiles = -(-problem.seqlen_q // self.BLOCK_M)
-        multicast = not masked and problem.head_dim >= 128 and (self.build == "2024-07" or q_tiles % 2 == 0)
+        multicast = not masked and d >= 128 and (self.build == "2024-07" or q_tiles % 2 == 0)
         # Registers of (consumers, producer) by the number of consumers, as the code sets them with setmaxnreg.
         limit, producer_limit = {1: (255, 56), 2: (240, 24), 3: (160, 32)}[consumers]
         # The code of 2024-07 spends a warpgroup on the producer; in both, one of its threads issues the loads.

@@ -266,9 +266,7 @@ class FA3FP8:
         for tile in wg.tiles():
             yield from self.quantize(wg, s, r, tile.K_16, tile.K_fp8, tile.K_scale)
 
-    def quantize(
-        self, wg: Warpgroup, s: Maxima, r: Rows, given: Operand, codes: Operand, scale: Operand
-    ) -> Program:
+    def quantize(self, wg: Warpgroup, s: Maxima, r: Rows, given: Operand, codes: Operand, scale: Operand) -> Program:
         """x H, divided by the largest element of the block over 448; each warpgroup has some of the rows."""
         rows = given.shape[0] // QUANTIZING
         mine = wg.index * rows, rows

@@ -182,9 +182,7 @@ class CTA(Protocol):
     def slot(self, name: str, shape: tuple[int, int], dtype: str | None = None) -> Operand:
         """One tile of shared memory, ordered by other barriers."""
 
-    def overlay(
-        self, name: str, shape: tuple[int, int], consumers: int, over: Ring, dtype: str | None = None
-    ) -> Ring:
+    def overlay(self, name: str, shape: tuple[int, int], consumers: int, over: Ring, dtype: str | None = None) -> Ring:
         """A one-slot ring at the addresses of another ring, which costs no memory of its own if it is not larger."""
 
     def sync(self, name: str, warpgroups: int) -> Sync: ...
