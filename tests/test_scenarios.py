@@ -15,7 +15,25 @@ from flashsim.io.scenario import read_scenario
 
 FOLDER = Path(__file__).parents[1] / "scenarios"
 FILES = [path for path in sorted(FOLDER.glob("*.toml")) if not (is_experiment(path) or is_claims(path))]
-CASES = {"a100-fa2": (22, 10), "fa3-ablation": (3, 3), "h100-forward": (72, 34), "h100-locked-clock": (12, 12)}
+CASES = {
+    "a100-fa2": (22, 10),
+    "decode": (8, 0),
+    "dropout": (4, 0),
+    "fa1-a100": (8, 8),
+    "fa1-builds": (3, 0),
+    "fa2-backward": (8, 6),
+    "fa3-ablation": (3, 3),
+    "fa3-backward": (12, 6),
+    "fa3-fp8": (5, 0),
+    "fa3-three-stages": (6, 0),
+    "gqa": (7, 0),
+    "h100-forward": (60, 34),
+    "h100-locked-clock": (12, 12),
+    "head-dims": (18, 0),
+    "masks": (22, 0),
+    "standard-a100": (8, 8),
+    "standard-h100": (5, 5),
+}
 """Number of cases, and how many of them were measured."""
 
 
