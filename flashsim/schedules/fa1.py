@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from flashsim.problem import AttentionProblem, num_k_tiles
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
@@ -96,6 +96,7 @@ class FA1(Schedule):
     source = "arXiv 2205.14135, algorithms 1, 4 and 5; Dao-AILab/flash-attention of 2022, csrc/flash_attn/src/fmha*"
     directions = ("fwd", "bwd", "fwd+bwd")
     dropout = True
+    backward: ClassVar[type[FA1Backward]] = FA1Backward
 
     bwd_BLOCK_M: int = switch(None, "query rows of a tile of the backward pass")
     bwd_BLOCK_N: int = switch(None, "keys of a block in the backward pass")
@@ -143,7 +144,7 @@ class FA1(Schedule):
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
         d, dv = (self.padded(width) for width in (problem.head_dim, problem.head_dim_v))
-        backward = FA1Backward(self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.build, d, dv)
+        backward = self.backward(self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.build, d, dv)
         launches = {"fwd": self.forward(problem, d, dv), "bwd": backward.kernels(problem)}
         return tuple(kernel for name in problem.passes for kernel in launches[name])
 
