@@ -243,7 +243,8 @@ class Pace:
         spread of the memory's latency, a few times.
         """
         if working not in self._shares:
-            tile, turns_each = self._sample._replace(partial=0), 2 if self.probe.kernel.library else TURNS
+            typical, turns_each = self.probe.typical, 2 if self.probe.kernel.library else TURNS
+            tile = typical._replace(count=min(typical.count, SAMPLE), partial=0, partial_end=0)
             if self._whole_head:  # one long loop, not several that follow each other
                 tile, turns_each = tile._replace(count=min(self.probe.typical.count, LONG_SAMPLE)), 1
             interval = self.probe.costs.ns(self.probe.device.launch.cta_interval_ns) * self.probe.device.sm.count

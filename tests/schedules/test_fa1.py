@@ -113,7 +113,7 @@ def test_every_barrier_of_the_forward_pass_is_needed(number: int, monkeypatch: p
 def test_every_barrier_of_the_backward_pass_is_needed(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     p = problem(seqlen_q=48, seqlen_k=150, head_dim=128, direction="bwd")
     changed = without_barrier(fa1_backward, number, monkeypatch)
-    monkeypatch.setattr(fa1, "FA1Backward", changed.FA1Backward)
+    monkeypatch.setattr(FA1, "backward", changed.FA1Backward)
     with pytest.raises(Race):
         simulate(p, FA1, with_sms("a100-sxm4-80gb", 1), functional=True)
 
@@ -156,7 +156,10 @@ def test_one_block_of_keys_needs_no_workspace() -> None:
     one, two = (problem(seqlen_k=seqlen_k, direction="fwd+bwd") for seqlen_k in (256, 257))
     rows = 64
     assert FA1.configure(one, "ampere", {}).workspace_byte(one) == 0
-    assert FA1.configure(two, "ampere", {}).workspace_byte(two) == 4 * rows * (64 + 64 + 1)  # O_tmp, dQ_tmp, D
+    assert FA1.configure(two, "ampere", {}).workspace_byte(two) == 4 * rows * (64 + 1)  # dQ_tmp, D: O_tmp is dead by then
+    padded = problem(seqlen_k=256, direction="fwd+bwd", mask="padding")
+    q, k, v = (padded.tensor_bytes[name] for name in ("q", "k", "v"))
+    assert FA1.configure(padded, "ampere", {}).workspace_byte(padded) == q + k + v
     assert [kernel.name for kernel in FA1.configure(one, "ampere", {}).kernels(one)] == ["fa1_fwd", "fa1_bwd"]
 
 

@@ -84,7 +84,7 @@ def test_a_file_is_read_anew_each_time(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_told_the_nearest() -> None:
-    allowed = "standard, fa2, fa3, path/to/file.py:Class"
+    allowed = "standard, fa1, fa2, fa3, split_kv, path/to/file.py:Class"
     assert refused("standart") == f"unknown schedule 'standart', did you mean 'standard'? (allowed: {allowed})"
 
 
@@ -158,5 +158,5 @@ def test_two_files_of_one_name_do_not_mix(tmp_path: Path) -> None:
         )
         written(tmp_path / folder, text)
     first, second = (load_schedule(str(tmp_path / folder / "mine.py")) for folder in ("a", "b"))
-    assert [s.name for s in first.switches()] == ["BLOCK_M", "BLOCK_N", "early"]
-    assert [s.name for s in second.switches()] == ["BLOCK_M", "BLOCK_N", "late"]
+    assert [s.name for s in first.switches()] == ["BLOCK_M", "BLOCK_N", "pack_gqa", "early"]
+    assert [s.name for s in second.switches()] == ["BLOCK_M", "BLOCK_N", "pack_gqa", "late"]
