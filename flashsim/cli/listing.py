@@ -9,7 +9,6 @@ import typer
 from flashsim.cli.app import OK, app
 from flashsim.cli.show import Json, show, write_json
 
-
 ABOUT = ("title", "source", "architectures", "masks", "dtypes", "directions", "dropout")
 """What a schedule says of itself, beside its switches."""
 

@@ -91,8 +91,8 @@ class Trace:
 
 
 class _Known:
-    """Traces of built-in kernels, which depend on nothing that a process has done before: a scenario asks again and again
-    for the same kernel at other lengths."""
+    """Traces of built-in kernels, which depend on nothing that a process has done before: a scenario asks again and
+    again for the same kernel at other lengths."""
 
     MAX = 5_000
 
@@ -229,7 +229,7 @@ class Probe:
     def _named(self) -> Any:
         """What decides the traces of a built-in kernel; None for a user's, whose text may ask for anything."""
         k, p = self.kernel, self.problem
-        programs = []
+        programs: list[tuple[Any, ...]] = []
         for role in k.roles:
             for function in (role.program, role.registers, k.shared):
                 owner = getattr(function, "__self__", None)

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def random_inputs(problem: AttentionProblem, seed: int, scale: float = 1.0) -> tuple[Float, Float, Float]:
     """q (B, Sq, Hq, D), k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv): normal, with standard deviation `scale`.
 
-    The float64 values are those of the problem's dtype (bf16 before fp8), so a kernel reads them without error. The same problem and
-    seed give the same tensors on every machine (NumPy's PCG64).
+    The float64 values are those of the problem's dtype (bf16 before fp8), so a kernel reads them without error. The
+    same problem and seed give the same tensors on every machine (NumPy's PCG64).
     """
     import numpy as np
 

@@ -149,8 +149,8 @@ class FA1(Schedule):
         return tuple(kernel for name in problem.passes for kernel in launches[name])
 
     def workspace_byte(self, problem: AttentionProblem) -> int:
-        """O_tmp is freed before the backward pass needs dQ_tmp. A padded batch is copied without its padding first: Q, K
-        and V, packed (unpad_input in flash_attn/bert_padding.py), since the kernels take sequences end to end."""
+        """O_tmp is freed before the backward pass needs dQ_tmp. A padded batch is copied without its padding first: Q,
+        K and V, packed (unpad_input in flash_attn/bert_padding.py), since the kernels take sequences end to end."""
         passes = [super(FA1, self).workspace_byte(replace(problem, direction=name)) for name in problem.passes]
         unpadded = sum(problem.tensor_bytes[name] for name in ("q", "k", "v"))
         return max(passes) + (unpadded if problem.mask_rule.kind == "padding" else 0)
