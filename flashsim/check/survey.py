@@ -16,6 +16,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -37,8 +38,8 @@ TRIED = 32
 KILLED, EQUIVALENT, INVALID, NOT_RUN, SURVIVED = "killed", "equivalent", "invalid", "not run", "survived"
 
 
-Line = tuple[type, int]
-"""Of the file in which a class is."""
+Line = tuple[Path, int]
+"""Of a file. A class would not do: a user's file makes another one whenever it is loaded."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,13 @@ class Survey:
 
 def mutants_in(schedule: str) -> list[tuple[type, Mutant]]:
     """The mutants of a schedule's files, each with the class in whose file it is."""
-    return [(part, mutant) for part in parts_of(load_schedule(schedule)) for mutant in mutants_of(source_of(part))]
+    return [(part, mutant) for part in parts_of(load_schedule(schedule)) for mutant in _mutants_of(source_of(part))]
+
+
+@cache
+def _mutants_of(source: str) -> tuple[Mutant, ...]:
+    """Once for each text: every verdict asks for them."""
+    return tuple(mutants_of(source))
 
 
 def survey(schedule: str, numbers: list[int] | None = None, workers: int | None = None) -> Iterator[Verdict]:
@@ -111,7 +118,7 @@ def _judge(job: tuple[str, int]) -> Verdict:
 def _verdict(schedule: str, number: int) -> Verdict:
     kind = load_schedule(schedule)
     part, mutant = mutants_in(schedule)[number]
-    trials = _varied([example for example, lines in _trials(schedule) if (part, mutant.line) in lines], TRIED)
+    trials = _varied([example for example, lines in _trials(schedule) if (file_of(part), mutant.line) in lines], TRIED)
     outcome, how, runs = SURVIVED if trials else NOT_RUN, "", 0
     said = (file_of(part).name, mutant.function, mutant.line, mutant.statement, mutant.change)
     try:
@@ -155,21 +162,21 @@ def _trials(schedule: str) -> list[tuple[Example, frozenset[Line]]]:
 
 
 def _run_unchanged(kind: type[Schedule]) -> list[tuple[Example, frozenset[Line]]]:
-    watched, executed, unseen = kind, dict[type, set[int]](), set[Line]()
+    watched, executed, unseen = kind, dict[Path, set[int]](), set[Line]()
     for part in parts_of(kind):
         text = source_of(part)
         probe = _load(probed(text), part)
         watched = _with_part(watched, part, probe)
-        executed[part] = getattr(sys.modules[probe.__module__], EXECUTED)
-        unseen |= {(part, mutant.line) for mutant in mutants_of(text)}
+        executed[file_of(part)] = getattr(sys.modules[probe.__module__], EXECUTED)
+        unseen |= {(file_of(part), mutant.line) for mutant in _mutants_of(text)}
     trials = []
     for number, example in enumerate(_varied(drawn_examples(kind, DRAWN), DRAWN)):
         if number >= KEPT and not unseen:
             break
-        for lines_of_part in executed.values():
-            lines_of_part.clear()
+        for lines_of_file in executed.values():
+            lines_of_file.clear()
         replace(example, schedule=watched, rounded=False).run()
-        lines = {(part, line) for part, lines_of_part in executed.items() for line in lines_of_part}
+        lines = {(file, line) for file, lines_of_file in executed.items() for line in lines_of_file}
         if number < KEPT or unseen & lines:
             trials.append((replace(example, rounded=False), frozenset(lines)))
         unseen -= lines

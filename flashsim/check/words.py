@@ -27,7 +27,8 @@ def report_lines(report: Report) -> list[str]:
         failure.message,
         "",
         f"smallest problem found: batch {p.batch}, heads {p.heads_q}/{p.heads_kv}, seqlen {p.seqlen_q}/{p.seqlen_k}, "
-        f"head dim {p.head_dim}/{p.head_dim_v}, {p.mask}, {p.dtype}{', rounded to it' if example.rounded else ''}",
+        f"head dim {p.head_dim}/{p.head_dim_v}, {p.mask}, {p.dtype}{', rounded to it' if example.rounded else ''}"
+        f"{'' if p.direction == 'fwd' else f', {p.direction}'}{f', dropout {p.dropout:g}' if p.dropout else ''}",
         f"switches: {switches or 'none'}; {example.gpu} with {example.sms} of its SMs; "
         f"values: {attention.kind}, seed {attention.seed}; latencies: {example.latencies}",
         *(["", "cycles, who and what:", *(f"  {line}" for line in failure.timeline)] if failure.timeline else []),

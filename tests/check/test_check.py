@@ -16,7 +16,7 @@ from hypothesis import configuration, settings
 from flashsim import schedules, watchdog
 from flashsim.check import prove
 from flashsim.check.draw import drawn_examples, values_of
-from flashsim.check.example import KINDS, Example, Latencies, NotAccepted
+from flashsim.check.example import KINDS, Example, Latencies, NotAccepted, Outcome
 from flashsim.check.prove import Report, check
 from flashsim.check.words import report_lines
 from flashsim.errors import InputError
@@ -154,9 +154,10 @@ def test_a_result_that_depends_on_latencies(monkeypatch: pytest.MonkeyPatch) -> 
     example = next(one for one in drawn_examples(load_schedule("fa2"), 30) if one.latencies.modes)
     compute = Example.compute
 
-    def other_bits(self: Example, latencies: Latencies, trace: Any = None) -> dict[str, Any]:
-        tensors = compute(self, latencies, trace)
-        return tensors | {"O": np.nextafter(tensors["O"], 9.0)} if latencies.modes else tensors
+    def other_bits(self: Example, latencies: Latencies, trace: Any = None) -> Outcome:
+        outcome = compute(self, latencies, trace)
+        other = outcome.tensors | {"O": np.nextafter(outcome.tensors["O"], 9.0)}
+        return outcome._replace(tensors=other) if latencies.modes else outcome
 
     example.check()
     monkeypatch.setattr(Example, "compute", other_bits)

@@ -56,7 +56,7 @@ def test_there_is_a_mutant_without_each_wait_and_each_signal(name: str) -> None:
     """Counted by hand in the files' text: a wait is a `yield` that is no `yield from`."""
     lines = [line.partition("#")[0] for text in texts_of(name) for line in text.splitlines()]
     waits = [line for line in lines if line.lstrip().startswith("yield ") and "yield from" not in line]
-    signals = [line for line in lines if line.rstrip().endswith(("pass_on()",)) or ".release(" in line]
+    signals = [line for line in lines if any(f".{name}(" in line for name in ("pass_on", "release", "commit"))]
     gone = [mutant for mutant in mutants_named(name) if mutant.change in ("removed", "not awaited")]
     assert len(gone) == len(waits) + len(signals)
 
@@ -64,7 +64,7 @@ def test_there_is_a_mutant_without_each_wait_and_each_signal(name: str) -> None:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_there_are_two_mutants_of_another_slot_for_each_index_of_a_ring(name: str) -> None:
     text = "\n".join(line.partition("#")[0] for text in texts_of(name) for line in text.splitlines())
-    indices = sum(text.count(f".{method}(") for method in ("full", "empty", "release"))
+    indices = sum(text.count(f".{method}(") for method in ("full", "empty", "release", "commit"))
     other = [mutant for mutant in mutants_named(name) if mutant.change in ("next item", "item before")]
     assert len(other) == 2 * indices
 
