@@ -48,6 +48,10 @@ K_BEHIND_V = (
     "the producer loads K again when V has been released, which is after a product that ends after this one: either is "
     "enough"
 )
+LOAD_BEHIND = "the loads before it are issued behind it, and are awaited all the same: it costs time"
+PRODUCTS_APART = "neither of the two products reads what the other writes"
+COPY_BEHIND = "the product reads the copy in P; the one in dS is made behind it, and read later"
+STORES_APART = "two stores to different tensors, in either order"
 NOTHING_HANDED_ON = "the turn that is passed on before it is no part of what Q's release says"
 
 EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
@@ -70,6 +74,30 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
         ("refill", "yield s.consumers.wait()", "removed"): REFILL_TWICE,
         ("refill", "yield s.consumers.wait()", "earlier"): REFILL_FOR_ALL,
         ("refill", "yield ring.empty(following)", "removed"): REFILL_TWICE,
+    },
+    "fa1": {
+        ("program", "yield wg.load(tile.K.rows(*keys), into=K)", "earlier"): LOAD_BEHIND,
+        ("program", "yield wg.gemm(s.Q[i % 2], K_j.T, into=r.S)", "not awaited"): SCOREBOARD,
+        ("program", "yield wg.gemm(s.Q[i % 2], K_j.T, into=r.S)", "earlier"): LOAD_BEHIND,
+        ("program", "yield wg.gemm(r.P, V_j.columns(start, columns), into=part)", "not awaited"): SCOREBOARD,
+        ("prepare", "yield wg.store(r.L, into=tile.LSE)", "not awaited"): READ_AT_ISSUE,
+        ("prepare", "yield wg.store(r.L, into=tile.LSE)", "earlier"): STORES_APART,
+    },
+    "fa1_backward": {
+        **dict.fromkeys(
+            [
+                ("program", 'yield wg.gemm(Q, (K if self.build == "paper" else r.K).T, into=r.S)', "not awaited"),
+                ("program", "yield wg.gemm(P.T, dO, into=r.dV, accumulate=True)", "not awaited"),
+                ("program", "yield wg.gemm(dO, V.T, into=r.dP)", "not awaited"),
+                ("program", "yield wg.gemm(P.T, Q, into=r.dK, accumulate=True)", "not awaited"),
+                ("program", "yield wg.gemm(r.dS, K.columns(start, columns), into=part)", "not awaited"),
+            ],
+            SCOREBOARD,
+        ),
+        ("program", 'yield wg.gemm(Q, (K if self.build == "paper" else r.K).T, into=r.S)', "earlier"): LOAD_BEHIND,
+        ("program", "yield wg.gemm(dO, V.T, into=r.dP)", "earlier"): PRODUCTS_APART,
+        ("program", "yield wg.gemm(P.T, Q, into=r.dK, accumulate=True)", "earlier"): COPY_BEHIND,
+        ("prepare", "yield wg.store(r.dQ, into=getattr(tile, through))", "not awaited"): READ_AT_ISSUE,
     },
     "fa2": {
         ("program", "yield wg.gemm(s.Q.rows(*my_rows), s.K.T, into=r.S)", "not awaited"): SCOREBOARD,

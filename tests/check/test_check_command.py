@@ -22,14 +22,15 @@ from flashsim.cli import main
 from flashsim.schedules import schedule_names
 
 ROOT = Path(__file__).parents[2]
+NAMES = ", ".join(schedule_names())
 LOOP = "        for tile in wg.tiles():\n"
 
 
 @pytest.fixture(autouse=True)
 def fewer_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Than `flashsim check --mutants` takes."""
-    monkeypatch.setattr(survey, "DRAWN", 300)
-    monkeypatch.setattr(survey, "KEPT", 48)
+    monkeypatch.setattr(survey, "DRAWN", 100)
+    monkeypatch.setattr(survey, "KEPT", 20)
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -111,13 +112,13 @@ def test_mutants(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == "standard"
-    assert lines[1].split() == ["line", "function", "statement", "change", "outcome", "by,", "or", "why"]
-    assert lines[-2] == "standard: 12 mutants: 10 killed, 2 equivalent"
+    assert lines[1].split() == ["file", "line", "function", "statement", "change", "outcome", "by,", "or", "why"]
+    assert lines[-2] == "standard: 30 mutants: 21 killed, 9 equivalent"
 
 
 def test_json_of_mutants(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A survivor without a reason is a failure."""
-    path = written(tmp_path / "mine.py", "standard", "class Standard(", "class Mine(")
+    path = written(tmp_path / "mine.py", "fa2", "class FA2(", "class Mine(")
     monkeypatch.setattr(survey, "TRIED", 4)
     monkeypatch.setattr(survey, "in_order", lambda work, items, workers: map(work, items))
     code, out, _ = run(capsys, f"{path}:Mine", "--mutants", "--json")
@@ -127,8 +128,8 @@ def test_json_of_mutants(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert not report["passed"]
     assert report["complete"]
     (found,) = report["surveys"]
-    assert found["counts"] == {"killed": 10, "equivalent": 1, "invalid": 0, "not run": 0, "survived": 1}
-    assert found["mutants"][0].keys() == {"function", "line", "statement", "change", "outcome", "how", "runs"}
+    assert found["counts"] == {"killed": 10, "equivalent": 2, "invalid": 0, "not run": 0, "survived": 3}
+    assert found["mutants"][0].keys() == {"file", "function", "line", "statement", "change", "outcome", "how", "runs"}
 
 
 def test_the_replay_command_survives_a_shell(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -153,8 +154,11 @@ def noisy(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("options", [["--examples", "2"], ["--mutants"]])
-def test_what_a_schedule_prints_is_no_json(capfd: pytest.CaptureFixture[str], noisy: str, options: list[str]) -> None:
+def test_what_a_schedule_prints_is_no_json(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, noisy: str, options: list[str]
+) -> None:
     """Neither here nor in the processes that judge the mutants."""
+    monkeypatch.setattr(survey, "TRIED", 2)
     code = main(["check", noisy, *options, "--json"])
     out, err = capfd.readouterr()
     report = json.loads(out)
@@ -181,7 +185,7 @@ def test_what_a_schedule_prints_is_no_json_of_simulate(capsys: pytest.CaptureFix
 def test_ctrl_c_prints_what_was_finished(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    """In the third example of the second of three schedules."""
+    """In the third example of the second schedule."""
     names = schedule_names()
     checks, honest = [], Example.check
 
@@ -193,7 +197,7 @@ def test_ctrl_c_prints_what_was_finished(
 
     monkeypatch.setattr(Example, "check", interrupted)
     code, out, err = run(capsys, "--examples", "4", *["--json"] * as_json)
-    assert (code, err) == (130, "error: interrupted after 6 of 12\n")
+    assert (code, err) == (130, f"error: interrupted after 6 of {4 * len(names)}\n")
     if as_json:
         report = json.loads(out)
         assert (report["passed"], report["complete"]) == (False, False)
@@ -213,7 +217,7 @@ def test_ctrl_c_among_mutants(
 
     monkeypatch.setattr(survey, "in_order", three)
     code, out, err = run(capsys, "standard", "--mutants", *["--json"] * as_json)
-    assert (code, err) == (130, "error: interrupted after 3 of 12\n")
+    assert (code, err) == (130, f"error: interrupted after 3 of {len(survey.mutants_in('standard'))}\n")
     if as_json:
         report = json.loads(out)
         assert (report["passed"], report["complete"]) == (False, False)
@@ -232,7 +236,7 @@ def test_ctrl_c_while_the_file_is_loaded(capsys: pytest.CaptureFixture[str], tmp
 
 IN_A_PROCESS = (
     "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "from flashsim.cli import main; sys.exit(main())"
+    "from flashsim.check import survey; survey.DRAWN = 20; from flashsim.cli import main; sys.exit(main())"
 )
 """A process that is started in the background may have been told to ignore interruptions."""
 
@@ -276,13 +280,13 @@ def test_sigint(tmp_path: Path, options: list[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "lines"),
     [
-        (["fa9"], ["unknown schedule 'fa9', did you mean 'fa3'? (allowed: standard, fa2, fa3, path/to/file.py:Class)"]),
+        (["fa9"], [f"unknown schedule 'fa9', did you mean 'fa3'? (allowed: {NAMES}, path/to/file.py:Class)"]),
         (["fa2", "--examples", "0"], ["--examples: 0 is too small"]),
         (["fa2", "--examples", "many"], ["--examples: 'many' is not a whole number"]),
         (
             ["fa9", "--seed", "-1"],
             ["--seed: -1 is too small", "unknown schedule 'fa9', did you mean 'fa3'? "
-             "(allowed: standard, fa2, fa3, path/to/file.py:Class)"],
+             f"(allowed: {NAMES}, path/to/file.py:Class)"],
         ),
         (
             ["fa2", "--mutants", "--seed", "3"],
