@@ -261,14 +261,14 @@ class FA1Backward:
                     wg.map("mul", r.dP, r.Z, into=r.dP)  # 18
                 wg.map("sub", r.dP, r.D, into=r.dP)
                 wg.map("mul", r.dP, r.S, into=r.dP)  # 20: dS = P o (dP - D_i)
-                if self.build == "paper":
-                    wg.map("scale", r.dP, into=r.dP)
                 wg.convert(r.dP, into=P)
                 wg.convert(r.dP, into=r.dS)
                 yield wg.gemm(P.T, Q, into=r.dK, accumulate=True)  # 22: dK_j += dS^T Q_i
                 for start, columns in parts:
                     part, mine = r.dQ_part.columns(0, columns), r.dQ.columns(start, columns)
                     yield wg.gemm(r.dS, K.columns(start, columns), into=part)  # 21: dS K_j, of its keys
+                    if self.build == "paper":
+                        wg.map("scale", part, into=part)
                     wg.convert(part, into=s.dQ[w].columns(0, columns))
                     yield s.everybody.wait()  # all of dS K_j is there
                     if start == 0 and seen:
@@ -282,8 +282,7 @@ class FA1Backward:
                 if self.build != "paper" and through == "dQ":
                     wg.map("scale", r.dQ, into=r.dQ)
                 wg.store(r.dQ, into=dQ(i).rows(*rows))  # 21: dQ_i += dS K_j
-            if self.build != "paper":
-                wg.map("scale", r.dK, into=r.dK)
+            wg.map("scale", r.dK, into=r.dK)
             grouped = p.heads_per_kv > 1
             wg.store(r.dK, into=(tile.dK_expanded if grouped else tile.dK).rows(*keys))  # 24
             wg.store(r.dV, into=(tile.dV_expanded if grouped else tile.dV).rows(*keys))

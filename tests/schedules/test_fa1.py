@@ -156,9 +156,7 @@ def test_one_block_of_keys_needs_no_workspace() -> None:
     one, two = (problem(seqlen_k=seqlen_k, direction="fwd+bwd") for seqlen_k in (256, 257))
     rows = 64
     assert FA1.configure(one, "ampere", {}).workspace_byte(one) == 0
-    assert FA1.configure(two, "ampere", {}).workspace_byte(two) == 4 * rows * (
-        64 + 1
-    )  # dQ_tmp, D; O_tmp is dead
+    assert FA1.configure(two, "ampere", {}).workspace_byte(two) == 4 * rows * (64 + 1)  # dQ_tmp, D; O_tmp is dead
     padded = problem(seqlen_k=256, direction="fwd+bwd", mask="padding")
     q, k, v = (padded.tensor_bytes[name] for name in ("q", "k", "v"))
     assert FA1.configure(padded, "ampere", {}).workspace_byte(padded) == q + k + v
