@@ -205,7 +205,7 @@ def test_fp8_has_no_backward_pass() -> None:
 
 
 def test_flops_and_tensors_of_each_direction() -> None:
-    """DESIGN's convention: 2 B Hq P (D + Dv) forward, 2 B Hq P (3 D + 2 Dv) backward."""
+    """2 B Hq P (D + Dv) forward, 2 B Hq P (3 D + 2 Dv) backward."""
     sizes = {
         "batch": 2,
         "heads_q": 4,
