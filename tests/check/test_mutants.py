@@ -140,7 +140,8 @@ def test_a_sample_of_mutants_is_killed_or_explained(name: str) -> None:
     numbers = list(range(0, len(mutants_in(name)), SAMPLE[name]))
     found = Survey(name, tuple(survey(name, numbers, workers=1)))
     assert found.passed, [verdict for verdict in found.verdicts if verdict.outcome in (SURVIVED, NOT_RUN)]
-    assert found.counts[KILLED] >= len(numbers) / 5  # one warpgroup of mma.sync has few mutants that are wrong
+    least = 5 if name == "split_kv" else 3  # it has one warpgroup, whose barriers order nothing that a check can see
+    assert found.counts[KILLED] >= len(numbers) / least
     assert found.counts[INVALID] == 0
 
 
