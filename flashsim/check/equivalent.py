@@ -52,6 +52,10 @@ LOAD_BEHIND = "the loads before it are issued behind it, and are awaited all the
 PRODUCTS_APART = "neither of the two products reads what the other writes"
 COPY_BEHIND = "the product reads the copy in P; the one in dS is made behind it, and read later"
 STORES_APART = "two stores to different tensors, in either order"
+READ_BY_THE_PRODUCER = "only the producer reads V, and it has transposed the tile before it loads another into the slot"
+FREE_LATER = "the next tile's slot is free later than this one's: it costs time"
+TWO_SIGNALS = "two signals one after the other, without a statement between them"
+O_COMES_BETWEEN = "V is loaded again when the O that lies in its memory has left, which is written after all products"
 NOTHING_HANDED_ON = "the turn that is passed on before it is no part of what Q's release says"
 
 EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
@@ -154,6 +158,21 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
     },
     "fa3_three_stages": {
         ("attend", "yield qk", "removed"): K_BEHIND_V,
+        ("attend", "s.K.release(j)", "earlier"): K_BEHIND_V,
+        ("attend", "s.Q.release(tile.index)", "next item"): ONE_SLOT,
+        ("attend", "s.Q.release(tile.index)", "item before"): ONE_SLOT,
+        ("attend", "s.V.release(tile.last - 1)", "earlier"): O_COMES_BETWEEN,
+    },
+    "fa3_fp8": {
+        ("producer", "yield s.K.empty(j)", "next item"): FREE_LATER,
+        ("producer", "yield s.V.empty(j)", "removed"): READ_BY_THE_PRODUCER,
+        ("transpose", "yield s.Vt.empty(j)", "next item"): FREE_LATER,
+        ("transpose", "s.V.release(j)", "earlier"): TWO_SIGNALS,
+        ("attend", "yield s.Vt.full(j - 1)", "next item"): "the tile after it is transposed later: it costs time",
+        ("attend", "s.Q.release(tile.index)", "next item"): ONE_SLOT,
+        ("attend", "s.Q.release(tile.index)", "item before"): ONE_SLOT,
+        ("write_output", "s.O.release(tile.index)", "next item"): ONE_SLOT,
+        ("write_output", "s.O.release(tile.index)", "item before"): ONE_SLOT,
     },
     "split_kv": {
         **{

@@ -85,7 +85,7 @@ def check(
     """
     kind = load_schedule(schedule)
     for architecture in architectures_of(kind):
-        values_of(kind, architecture)  # what does not end there ends the check
+        values_of(kind, architecture, kind.dtypes[0])  # what does not end there ends the check
     search = _Search(progress)
     try:
         for_examples(kind, examples, seed, search.run)

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from functools import cache
+from heapq import heapify, heappop, heappush
 from itertools import combinations
 from pathlib import Path
 from types import ModuleType
@@ -26,13 +27,16 @@ from flashsim.check.equivalent import PARTS, file_of, parts_of, reason_for, sour
 from flashsim.check.example import Example
 from flashsim.check.mutants import EXECUTED, Mutant, mutants_of, probed
 from flashsim.errors import InputError, SimulationError
+from flashsim.problem import q_tiles
 from flashsim.schedules import Schedule, load_schedule
 from flashsim.watchdog import Stuck, Watchdog
 
 DRAWN, KEPT = 1000, 128
 """Examples that are drawn, and those of them that are most different from each other; more, where these miss a line."""
 MANY_TILES = 4
-"""KV tiles; more are no other case."""
+"""Of KV, or backward of Q, for one block; more are no other case."""
+HEAD_DIMS = 64
+"""Head dims in the same steps of so many are alike."""
 TRIED = 32
 """On so many of these, at most, a mutant runs: on such as execute its line."""
 KILLED, EQUIVALENT, INVALID, NOT_RUN, SURVIVED = "killed", "equivalent", "invalid", "not run", "survived"
@@ -118,7 +122,7 @@ def _judge(job: tuple[str, int]) -> Verdict:
 def _verdict(schedule: str, number: int) -> Verdict:
     kind = load_schedule(schedule)
     part, mutant = mutants_in(schedule)[number]
-    trials = _varied([example for example, lines in _trials(schedule) if (file_of(part), mutant.line) in lines], TRIED)
+    trials = _trials_of(schedule, (file_of(part), mutant.line))
     outcome, how, runs = SURVIVED if trials else NOT_RUN, "", 0
     said = (file_of(part).name, mutant.function, mutant.line, mutant.statement, mutant.change)
     try:
@@ -135,6 +139,12 @@ def _verdict(schedule: str, number: int) -> Verdict:
     if outcome == SURVIVED and (reason := reason_for(mutant, part.__name__, source_of(part))):
         outcome, how = EQUIVALENT, reason
     return Verdict(*said, outcome, how, runs)
+
+
+@cache
+def _trials_of(schedule: str, line: Line) -> list[Example]:
+    """Those of the drawn examples on which the mutants of `line` run."""
+    return _varied([example for example, lines in _trials(schedule) if line in lines], TRIED)
 
 
 def _noticed(example: Example) -> SimulationError | None:
@@ -185,13 +195,18 @@ def _run_unchanged(kind: type[Schedule]) -> list[tuple[Example, frozenset[Line]]
 
 def _varied(examples: list[Example], count: int) -> list[Example]:
     """`count` of them, each with as many triples of traits as can be that those before it had not; large ones first."""
-    left, ordered = {id(example): (example, _traits(example)) for example in examples}, list[Example]()
-    seen: set[frozenset[object]] = set()
+    traits = [_traits(example) for example in examples]
+    left = [(-len(traits[n]), -example.problem.flops, n) for n, example in enumerate(examples)]
+    heapify(left)
+    ordered, seen = list[Example](), set[frozenset[object]]()
     while left and len(ordered) < count:
-        key = max(left, key=lambda key: (len(left[key][1] - seen), left[key][0].problem.flops))
-        example, traits = left.pop(key)
-        ordered.append(example)
-        seen |= traits
+        news, flops, n = heappop(left)
+        now = -len(traits[n] - seen)
+        if now > news:  # others have had some of them since: it may not be the first any more
+            heappush(left, (now, flops, n))
+            continue
+        ordered.append(examples[n])
+        seen |= traits[n]
     return ordered
 
 
@@ -199,16 +214,19 @@ def _traits(example: Example) -> set[frozenset[object]]:
     """Every three of the things that are special about an example."""
     p, options = example.problem, example.options
     visited = p.mask_rule.walk(range(p.seqlen_q), options.get("BLOCK_N", 128), p.seqlen_q, p.seqlen_k).count
-    kv_tiles = min(visited, MANY_TILES)
+    if "bwd" in p.passes:
+        visited = q_tiles(p, 0, options.get("bwd_BLOCK_M", 64), options.get("bwd_BLOCK_N", 128)).count
     alone = {
         *options.items(),
         ("direction", p.direction),
+        ("dtype", p.element_bytes),
+        ("head dim", max(p.head_dim, p.head_dim_v) // HEAD_DIMS),
         ("dropout", p.dropout > 0),
         ("mask", p.mask_rule.kind),
         ("gpu", example.gpu),
         ("sms", example.sms),
     }
-    return {frozenset(three) for three in combinations({*alone, ("KV tiles", kv_tiles)}, 3)}
+    return {frozenset(three) for three in combinations({*alone, ("tiles", min(visited, MANY_TILES))}, 3)}
 
 
 def _with_part(kind: type[Schedule], part: type, changed: type) -> type[Schedule]:

@@ -6,6 +6,7 @@ again but taken from a few probes of one SM (`pace`).
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from flashsim.machine.pace import WINDOW, Mark, Pace
 from flashsim.machine.probe import Probe, TileClass
 from flashsim.machine.sm import UNITS
 from flashsim.machine.tiles import Coordinates
+from flashsim.masks import KVWalk
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Kernel
 from flashsim.watchdog import Watchdog
@@ -31,25 +33,36 @@ MAX_CHUNKS = 6_000
 MAX_CHUNKS_OF_STREAM = 1_000
 """The same for the kernels of a library, which stream through memory at one rate from their start to their end, and for
 those whose CTAs have a whole head each, which meet in HBM only."""
+FOREVER = sys.maxsize
 
 
-@dataclass
 class _Sm:
-    resident: int = 0
-    working: int = 0
-    """CTAs that wait for nothing."""
-    since: int = 0
-    active: int = 0
+    """The CTAs that are resident on an SM, and for how long there have been any."""
+
+    def __init__(self) -> None:
+        self.ctas: list[_Cta] = []
+        self.since = 0
+        self.active = 0
+
+    def at_work(self, now: int) -> int:
+        """How many CTAs wait for nothing."""
+        working = 0
+        for cta in self.ctas:
+            working += cta.works_until > now
+        return working
 
 
-class _Due(NamedTuple):
-    """A mark of a work tile, in the CTA's own time."""
+class _Tile(NamedTuple):
+    """A work tile on its way."""
 
-    time: int
-    mark: Mark
     where: Coordinates
+    walk: KVWalk
     arrivals: dict[int, int]
     """When what has moved is there, by the marks' numbers."""
+
+
+_Due = tuple[int, Mark, _Tile]
+"""A mark of a work tile, and when it is due in the CTA's own time."""
 
 
 class _Cta:
@@ -60,52 +73,56 @@ class _Cta:
         self.pace = pace
         self.host = host
         self.reached = 0
-        self.working = False
+        self.works_until = 0
+        """The tick from which it waits for something."""
         self.moved: Counter[tuple[str, str]] | None = None
         """What it has the memory do in a work tile that is going to be repeated, as `SharedMemory.accounts` has it."""
-        if host.resident == 0:
+        if not host.ctas:
             host.since = sim.now
-        host.resident += 1
+        host.ctas.append(self)
 
-    def _until(self, time: int) -> int:
+    def until(self, time: int) -> int:
         """The tick at which `time` will be reached."""
-        ahead = max(0, time - self.reached)
-        if self.working and self.host.working > 1:
-            shared, alone = self.pace.share(self.host.working)
+        ahead, now, host = time - self.reached, self.sim.now, self.host
+        if ahead <= 0:
+            return now
+        if len(host.ctas) > 1 and self.works_until > now and (working := host.at_work(now)) > 1:
+            shared, alone = self.pace.share(working)
             ahead = ahead * shared // alone
-        return self.sim.now + ahead
+        return now + ahead
 
     def go_on(self, time: int) -> Steps:
         """Go on until `time`."""
         if time > self.reached:
-            yield self.sim.at(self._until(time))
+            yield self.sim.at(self.until(time))
             self.reached = time
 
-    def need(self, time: int, there: int) -> Steps:
-        """At `time`, something is needed that is there at tick `there`."""
-        late = there - self._until(time)
-        if late > 0 or not (self.working or self.host.resident == 1):
-            yield from self.go_on(time)
-            self.host.working -= self.working
-            if late > 0:
-                yield self.sim.at(self.sim.now + late)
-            self.working = False
-        self.host.working += not self.working
-        self.working = True
+    def need(self, time: int, there: int) -> Steps | None:
+        """At `time`, something is needed that is there at tick `there`; returns the steps to it, if it takes any."""
+        now, reached = self.sim.now, self.until(time)
+        works = self.works_until > now
+        if max(there, reached) > now and (there > reached or not (works or len(self.host.ctas) == 1)):
+            if works:
+                self.works_until = reached
+            return self._stand_still(time, self.sim.at(max(there, reached)))
+        self.works_until = FOREVER
+        return None
 
-    def stand_still(self, event: Event) -> Steps:
-        """Until `event`."""
-        self.host.working -= self.working
-        self.working = False
+    def turn(self, event: Event) -> Steps:
+        """Stand still until `event`."""
+        self.works_until = 0
+        return self._stand_still(self.reached, event)
+
+    def _stand_still(self, time: int, event: Event) -> Steps:
+        """Until `event`, when `time` is reached."""
         yield event
-        self.working = True
-        self.host.working += 1
+        self.reached = max(self.reached, time)
+        self.works_until = FOREVER
 
     def leave(self) -> None:
         """The CTA has ended."""
-        self.host.working -= self.working
-        self.host.resident -= 1
-        if self.host.resident == 0:
+        self.host.ctas.remove(self)
+        if not self.host.ctas:
             self.host.active += self.sim.now - self.host.since
 
 
@@ -138,7 +155,8 @@ class FastSimulation:
         total = probe.kv_tiles
         # Work tiles that have nothing in common can be taken together: their traffic just adds up.
         common = k.grid.launch != "cta" or any(map(k.is_common, probe.tensors))
-        chunks = MAX_CHUNKS_OF_STREAM if k.library or k.grid.launch == "head" else MAX_CHUNKS
+        streams = k.library or k.walk == "none" or k.grid.launch == "head"
+        chunks = MAX_CHUNKS_OF_STREAM if streams else MAX_CHUNKS
         together = self._together = 1 if common else max(1, tile_count(k, p) // chunks)
         self._pace = Pace(probe, max(1, total // chunks // together), together, not self.options.private_memory)
         costs = probe.costs
@@ -184,6 +202,7 @@ class FastSimulation:
 
     def _cta(self, host: _Sm, source: Iterator[Coordinates]) -> Steps:
         """The life of one CTA: its work tiles' courses one after the other, as far as nothing holds it up."""
+        probe = self._probe
         cta = _Cta(self._sim, self._pace, host)
         asked = end = 0 if self.kernel.grid.launch == "cta" else self._pace.first_ask()
         before: tuple[TileClass, ...] = ()
@@ -193,17 +212,17 @@ class FastSimulation:
         ahead = deque(source) if self.kernel.grid.launch == "head" else None
         alike = 0
         while (where := next(source, None) if ahead is None else ahead.popleft() if ahead else None) is not None:
-            tile, walk = self._probe.class_of(where), self._probe.walk_at(where)
+            tile, walk = probe.class_of(where), probe.walk_at(where)
             self._done[tile] = self._done.get(tile, 0) + self._together
             course = self._pace.course(before, tile, walk.blocks[-1] if walk.blocks else 0)
             alike = alike + 1 if before[-1:] == (tile,) else 0
             before = (*before, tile)[-WINDOW:]
             times = self._alike_ahead(ahead, tile) - 1 if ahead and alike > WINDOW else 0
             since, cta.moved = self._sim.now, Counter() if times > 0 else None
-            arrivals: dict[int, int] = {}
-            new = [_Due(asked + mark.time, mark, where, arrivals) for mark in course.marks]
+            this = _Tile(where, walk, {})
+            new = [(asked + mark.time, mark, this) for mark in course.marks]
             # At one time, what has to wait comes before what moves: nothing moves that waits for something.
-            pending = deque(sorted([*pending, *new], key=lambda due: (due.time, not due.mark.needed)))
+            pending = deque(sorted([*pending, *new], key=lambda due: (due[0], not due[1].needed)) if pending else new)
             end, asked = asked + course.end, asked + course.step
             yield from self._pass(cta, pending, asked)
             if ahead and cta.moved is not None:
@@ -214,7 +233,7 @@ class FastSimulation:
                 self._done[tile] += times * self._together
                 later = times * course.step
                 cta.reached, asked, end = cta.reached + later, asked + later, end + later
-                pending = deque(due._replace(time=due.time + later) for due in pending)
+                pending = deque((time + later, mark, tile) for time, mark, tile in pending)
         yield from self._pass(cta, pending, end)
         cta.leave()
         self._end = max(self._end, self._sim.now)
@@ -231,41 +250,47 @@ class FastSimulation:
 
     def _pass(self, cta: _Cta, pending: deque[_Due], until: int) -> Steps:
         """Go on to `until` in the CTA's own time, past every mark on the way."""
-        while pending and pending[0].time <= until:
-            due = pending.popleft()
-            if due.mark.what.how == "turn":
-                yield from self._await_turn(cta, due)
-            elif due.mark.what.how == "pass":
-                yield from cta.go_on(due.time)
-                self._sim.fire(self._passing(due.where))
-            elif due.mark.needed:
-                yield from cta.need(due.time, due.arrivals[due.mark.number] - (due.mark.due - due.mark.time))
+        sim = self._sim
+        while pending and pending[0][0] <= until:
+            time, mark, tile = pending.popleft()
+            how = mark.what.how
+            if how == "turn":
+                yield from self._await_turn(cta, time, tile)
+            elif mark.needed:
+                steps = cta.need(time, tile.arrivals[mark.number] - (mark.due - mark.time))
+                if steps is not None:
+                    yield from steps
             else:
-                yield from cta.go_on(due.time)
-                due.arrivals[due.mark.number] = self._move(cta, due.mark, due.where)
+                if time > cta.reached:
+                    yield sim.at(cta.until(time))
+                    cta.reached = time
+                if how == "pass":
+                    sim.fire(self._passing(tile.where))
+                else:
+                    tile.arrivals[mark.number] = self._move(cta, mark, tile)
         yield from cta.go_on(until)
 
-    def _await_turn(self, cta: _Cta, due: _Due) -> Steps:
+    def _await_turn(self, cta: _Cta, time: int, tile: _Tile) -> Steps:
         """Wait for the work tile before this one, if it begins with the same block: from then on it is ahead."""
-        yield from cta.go_on(due.time)
-        where, walk = due.where, self._probe.walk_at(due.where)
+        yield from cta.go_on(time)
+        where = tile.where
         before = where._replace(block=where.block - 1)
-        if where.block and self._probe.walk_at(before).first == walk.first:
+        if where.block and self._probe.walk_at(before).first == tile.walk.first:
             event = self._passing(before)
             if not event.triggered:
-                yield from cta.stand_still(event)
+                yield from cta.turn(event)
 
     def _passing(self, where: Coordinates) -> Event:
         """When the work tile there first lets the next one go on."""
         return self._passed.setdefault(where, self._sim.event())
 
-    def _move(self, cta: _Cta, mark: Mark, where: Coordinates) -> int:
+    def _move(self, cta: _Cta, mark: Mark, tile: _Tile) -> int:
         """Let the memory have what moves at `mark`; returns when it can go on."""
         memory = self._memory
         if cta.moved is None or not isinstance(memory, SharedMemory):
-            return self._ask(mark, where)
+            return self._ask(mark, tile)
         before = memory.accounts(mark.what.tensor)
-        there = self._ask(mark, where)
+        there = self._ask(mark, tile)
         cta.moved += memory.accounts(mark.what.tensor) - before
         return there
 
@@ -278,15 +303,15 @@ class FastSimulation:
             self._known[name] = each, k.streams(name), k.is_common(name), tensor.splits
         return self._known[name]
 
-    def _ask(self, mark: Mark, where: Coordinates) -> int:
-        piece = mark.piece
-        tensor, how = mark.what
+    def _ask(self, mark: Mark, tile: _Tile) -> int:
+        _, _, (tensor, how), _, piece, _ = mark
+        block, head, batch, split = tile.where
         heads_each, streams, is_common, splits = self._axes(tensor)
-        row, head, column = where.block, where.head // heads_each, 0
+        row, column = block, 0
         if streams:
-            chunk = self._probe.walk_at(where).block(piece.item + piece.items - 1) // self._pace.chunk
-            row, column = (chunk, 0) if is_common else (row, chunk)
-        key: Key = (tensor, where.batch, head, row, column, where.split if splits else 0)
+            chunk = tile.walk.blocks[piece.item + piece.items - 1] // self._pace.chunk
+            row, column = (chunk, 0) if is_common else (block, chunk)
+        key: Key = (tensor, batch, head // heads_each, row, column, split if splits else 0)
         if how == "fetch":
             return self._memory.fetch(key, piece.size_byte, self.kernel.cluster if is_common else 1)
         return (self._memory.write if how == "write" else self._memory.add)(key, piece.size_byte)

@@ -94,6 +94,7 @@ class Pace:
         self.chunk = chunk
         self._one_each = probe.kernel.grid.launch == "cta"
         self._base: dict[TileClass, tuple[int, int, int]] = {}
+        self._folds: dict[TileClass, tuple[TileClass, int, int]] = {}
         self._courses: dict[tuple[tuple[TileClass, ...], TileClass, int], Course] = {}
         self._parts: dict[tuple[str, TileClass, int], list[Piece]] = {}
         self._slacks: dict[tuple[What, bool, int], tuple[int, int]] = {}
@@ -114,12 +115,15 @@ class Pace:
 
     def fold(self, tile: TileClass) -> tuple[TileClass, int, int]:
         """(a short tile of the same kind, ticks that `tile` takes longer, KV tiles that it is longer)."""
-        kind = _kind(tile)
-        if kind not in self._base:
-            self._base[kind] = self._steady(kind)
-        length, period, duration = self._base[kind]
-        periods = max(0, (tile.count - tile.partial_end - length) // period)
-        return tile._replace(count=tile.count - periods * period), periods * duration, periods * period
+        if tile not in self._folds:
+            kind = _kind(tile)
+            if kind not in self._base:
+                self._base[kind] = self._steady(kind)
+            length, period, duration = self._base[kind]
+            periods = max(0, (tile.count - tile.partial_end - length) // period)
+            short = tile._replace(count=tile.count - periods * period)
+            self._folds[tile] = short, periods * duration, periods * period
+        return self._folds[tile]
 
     def _steady(self, tile: TileClass) -> tuple[int, int, int]:
         """(length from which a loop of this kind is periodic, KV tiles of a period, ticks of a period).

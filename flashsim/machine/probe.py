@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any, NamedTuple
 
@@ -133,18 +134,18 @@ class Probe:
         asks_the_mask = kernel.walk == "mask" or (kernel.walk == "all" and kernel.masks)
         self._by_batch = asks_the_mask and problem.mask_rule.by_batch
         self._traces: dict[Any, Trace] = {}
-        self._walks: dict[Coordinates, KVWalk] = {}
-        self._classes: dict[Coordinates, TileClass] = {}
+        self._walks: dict[tuple[int, int, int], KVWalk] = {}
+        self._classes: dict[tuple[int, int, int], TileClass] = {}
 
-    def _alike(self, where: Coordinates) -> Coordinates:
-        """The first of the work tiles that visit the same tiles as the one at `where`."""
-        return where._replace(head=0, batch=where.batch if self._by_batch else 0)
+    def _alike(self, where: Coordinates) -> tuple[int, int, int]:
+        """Block, batch entry and split of the first of the work tiles that visit the same tiles as the one there."""
+        return where.block, where.batch if self._by_batch else 0, where.split
 
     def walk_at(self, where: Coordinates) -> KVWalk:
         """The tiles that the work tile there visits."""
         key = self._alike(where)
         if key not in self._walks:
-            self._walks[key] = walk_of(self.kernel, self.problem, key)
+            self._walks[key] = walk_of(self.kernel, self.problem, where)
         return self._walks[key]
 
     def class_of(self, where: Coordinates) -> TileClass:
@@ -152,7 +153,7 @@ class Probe:
         key = self._alike(where)
         if key not in self._classes:
             p, k = self.problem, self.kernel
-            walk = self.walk_at(key)
+            walk = self.walk_at(where)
             of_queries, of_keys = (p.seqlen_q, k.BLOCK_M), (p.seqlen_k, k.BLOCK_N)
             outer, inner = (of_queries, of_keys) if k.grid.over == "queries" else (of_keys, of_queries)
             short, short_first = (
@@ -232,10 +233,11 @@ class Probe:
         programs: list[tuple[Any, ...]] = []
         for role in k.roles:
             for function in (role.program, role.registers, k.shared):
-                owner = getattr(function, "__self__", None)
-                if function is not None and not function.__module__.startswith("flashsim.schedules."):
+                bare = function.func if isinstance(function, partial) else function
+                given = (function.args, tuple(function.keywords.items())) if isinstance(function, partial) else ()
+                if bare is not None and not bare.__module__.startswith("flashsim.schedules."):
                     return None
-                programs.append((getattr(function, "__qualname__", ""), repr(owner)))
+                programs.append((getattr(bare, "__qualname__", ""), repr(getattr(bare, "__self__", None)), given))
             programs.append((role.name, role.count, role.warps))
         kernel = (k.name, k.grid, k.BLOCK_M, k.BLOCK_N, k.widths(p), k.mma, k.copy, k.cluster, k.overhead_instructions)
         more = (k.walk, k.masks, k.kv_dtype, tuple(k.workspace.items()))

@@ -178,7 +178,7 @@ class FA3FP8:
         """V_j^T by LDSM and STSM, so that the keys lie along rows."""
         yield s.V.full(j)
         yield s.Vt.empty(j)
-        yield wg.convert(s.V[j].T, into=s.Vt[j])
+        wg.convert(s.V[j].T, into=s.Vt[j])
         s.Vt.commit(j)
         s.V.release(j)
 

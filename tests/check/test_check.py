@@ -57,6 +57,19 @@ def prove_words() -> str:
     return "exact, and without race, hazard or deadlock"
 
 
+def test_a_seed_draws_the_same_whatever_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hypothesis likes to draw the constants of a user's modules, and so of all that happen to be loaded."""
+    draw = (
+        "from flashsim.check.draw import drawn_examples\n"
+        "from flashsim.schedules import load_schedule\n"
+        "print(*(repr(e) for e in drawn_examples(load_schedule('fa2'), 40)), sep='\\n')\n"
+    )
+    (tmp_path / "constants.py").write_text(f"NUMBERS = {list(range(2, 500))}\n", encoding="utf-8")
+    texts = (draw, f"import sys; sys.path.append({str(tmp_path)!r}); import constants\n" + draw)
+    found = [subprocess.run([sys.executable, "-c", text], capture_output=True, check=True) for text in texts]
+    assert found[0].stdout == found[1].stdout != b""
+
+
 @pytest.fixture(scope="module")
 def race(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """The classic bug of FA3: P is overwritten while the product that reads it is in flight."""
@@ -212,8 +225,10 @@ def test_a_schedule_that_accepts_nothing_is_bad_input(tmp_path: Path) -> None:
 
 def test_every_switch_of_fa3_takes_every_value_in_a_check() -> None:
     examples = drawn_examples(load_schedule("fa3"), 300)
-    for name, values in values_of(load_schedule("fa3"), "hopper").items():
-        assert {example.options[name] for example in examples if name in example.options} == set(values)
+    for narrow in (False, True):
+        of_dtype = [example.options for example in examples if (example.problem.dtype == "fp8") == narrow]
+        for name, values in values_of(load_schedule("fa3"), "hopper", "fp8" if narrow else "fp16").items():
+            assert {options[name] for options in of_dtype if name in options} == set(values)
     assert {example.problem.mask.partition(":")[0] for example in examples} == {*SPELLING} - {"blocks"}
     assert {example.rounded for example in examples} == {False, True}
     assert {mode for example in examples for _, mode in example.latencies.modes} == {"zero", "random", "far beyond"}

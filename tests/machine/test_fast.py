@@ -10,13 +10,16 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import Any
 
 import pytest
 
 from flashsim.devices import DeviceSpec, load_device
+from flashsim.machine import probe
 from flashsim.machine.fast import FastSimulation
 from flashsim.machine.gpu import FullSimulation, KernelRun
 from flashsim.machine.options import Options
+from flashsim.machine.probe import Probe, Trace
 from flashsim.problem import AttentionProblem
 from flashsim.schedules import load_schedule
 from flashsim.simulate import simulate
@@ -126,7 +129,7 @@ def test_fa3_without_turns() -> None:
 def test_fa2_with_shared_memory() -> None:
     """Two CTAs share an SM and fall into step in one of a few ways, of which the fast path knows a mean."""
     compute, memory = errors("fa2", 16, seed=3, switches=[{}])
-    assert max(map(abs, compute + memory)) <= 0.055
+    assert max(map(abs, compute + memory)) <= 0.06
     assert fmean(map(abs, compute + memory)) <= 0.02
 
 
@@ -167,3 +170,22 @@ def test_what_a_whole_h100_costs() -> None:
     problem = AttentionProblem(batch=1, heads_q=16, seqlen_q=16384, head_dim=128)
     (kernel,) = load_schedule("fa3").configure(problem, "hopper", {}).kernels(problem)
     assert FastSimulation(H100, 1830, kernel, problem).run().events < 100_000
+
+
+@pytest.mark.parametrize("schedule", ["fa1", "fa2", "fa3"])
+def test_what_is_learnt_of_a_kernel_serves_at_other_lengths(schedule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    probed: list[str] = []
+    run = Probe._run
+
+    def counted(self: Probe, *given: Any) -> Trace:
+        probed.append(self.kernel.name)
+        return run(self, *given)
+
+    monkeypatch.setattr(probe, "KNOWN", probe._Known())
+    monkeypatch.setattr(Probe, "_run", counted)
+    counts = []
+    for seqlen in (4096, 8192):
+        probed.clear()
+        simulate(AttentionProblem(batch=2, heads_q=4, seqlen_q=seqlen, head_dim=64, direction="fwd+bwd"), schedule)
+        counts.append(len(probed))
+    assert counts[1] <= counts[0] / 2
