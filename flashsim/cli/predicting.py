@@ -142,8 +142,8 @@ def simulate(
     head_dim_v: Annotated[str | None, number_option("--head-dim-v", help="Of V; as of K.")] = None,
     mask: Annotated[str, typer.Option(metavar="MASK", help="As `flashsim schedules` lists them.")] = "full",
     dropout: Annotated[str | None, number_option("--dropout", help="Probability.")] = None,
-    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="fp16 or bf16.")] = "fp16",
-    direction: Annotated[str, typer.Option(metavar="DIRECTION", help="fwd.")] = "fwd",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="fp16, bf16 or fp8.")] = "fp16",
+    direction: Annotated[str, typer.Option(metavar="DIRECTION", help="fwd, bwd or fwd+bwd.")] = "fwd",
     clock_mhz: Annotated[str | None, number_option("--clock-mhz", help="SM clock; the GPU's default.")] = None,
     switches: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A switch of the schedule; repeatable.")

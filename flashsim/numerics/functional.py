@@ -97,16 +97,16 @@ def judge(problem: AttentionProblem, tensors: dict[str, Any], rounded: bool, sto
     q, k, v = tensors["Q"], tensors["K"], tensors["V"]
     o, lse = attention_reference(q, k, v, mask, dropout=dropout)
     mine, mine_lse = tensors["O"], tensors["LSE"].transpose(0, 2, 1)
+    s_dtype = problem.dtype if stores_scores else None
     if rounded:
         eager = eager_attention(q, k, v, problem.dtype, mask, dropout=dropout)
-        s_dtype = problem.dtype if stores_scores else None
         bounds = rounding_bounds(q, k, v, problem.dtype, mask, s_dtype=s_dtype, dropout=dropout)
         found = compare_rounded(mine, mine_lse, o, lse, eager, bounds)
     else:
         found = compare_exact(mine, mine_lse, o, lse, v)
     if "bwd" not in problem.passes:
         return found
-    errors, accepted = _judge_gradients(problem, tensors, rounded)
+    errors, accepted = _judge_gradients(problem, tensors, rounded, s_dtype)
     return replace(found, gradient_max_abs_error=errors, accepted=found.accepted and accepted)
 
 
@@ -138,7 +138,7 @@ def _quantized_as_asked(tensors: dict[str, Any], rounded: bool) -> bool:
 
 
 def _judge_gradients(
-    problem: AttentionProblem, tensors: dict[str, Any], rounded: bool
+    problem: AttentionProblem, tensors: dict[str, Any], rounded: bool, s_dtype: str | None
 ) -> tuple[dict[str, float], bool]:
     """(largest error of dq, dk and dv, whether they are accepted)."""
     given = Gradients(tensors["dQ"], tensors["dK"], tensors["dV"])
@@ -149,5 +149,5 @@ def _judge_gradients(
     if not rounded:
         return errors, compare_gradients_exact(given, reference, q, k, v, do)
     eager = eager_gradients(q, k, v, do, dtype, mask, dropout=dropout)
-    bounds = gradient_bounds(q, k, v, do, dtype, mask, dropout=dropout)
+    bounds = gradient_bounds(q, k, v, do, dtype, mask, s_dtype=s_dtype, dropout=dropout)
     return errors, compare_gradients(given, reference, eager, bounds).accepted

@@ -17,6 +17,9 @@ As in `bounds.py`, that is the largest error; for the typical one, roundings of 
 sqrt(a / 3) times their root of squares, times 1 + 6 / sqrt(N) for the mean over N different rows or keys. Where a row
 has equal neighbors a counts them for dK and dV. No number may leave the dtype's range.
 
+Unfused attention stores more in narrow formats. S is a part of `logits`, as in `error_terms.py`; P, whose errors and
+losses dS then has, |dP - D| times; and dP, which adds p (u |dP| + t) to dS. With dropout, P and dP are stored twice.
+
 With dropout, w = keep / (1 - dropout), v_c is w_c v_c for each row, as in `error_terms.py`: dP = (dO V^T) * w and
 dV = (P * w)^T dO. Of that follows
 
@@ -110,7 +113,7 @@ class _Errors(NamedTuple):
     d_fixed: Float
 
 
-def _errors_of_ds(piece: Piece, do: Float, terms: Terms, form: Format) -> _Errors:
+def _errors_of_ds(piece: Piece, do: Float, terms: Terms, form: Format, scores_form: Format | None) -> _Errors:
     of_o = errors_of_o(piece, terms, form)
     lse = np.abs(np.where(terms.seen, terms.lse, 0.0))
     eps = np.where(terms.seen, np.expm1(2 * terms.logits + terms.total + (LOG + 2 * lse) * FP32_UNIT), 0.0)
@@ -131,6 +134,9 @@ def _errors_of_ds(piece: Piece, do: Float, terms: Terms, form: Format) -> _Error
     dp_sum = gamma(do.shape[1], equal_factors(do, piece.v)) * FP32_UNIT
     around = (AROUND + dropout_units(piece.dropout)) * FP32_UNIT
     fp32 = weight * (dp_sum * piece.drop(size @ np.abs(piece.v).T) + around * (np.abs(dp) + np.abs(d)))
+    if scores_form:
+        stored = scores_form.unit_roundoff * np.abs(dp) + tiny(scores_form)
+        fp32 += weight * stored * (2 if piece.dropout else 1) + sum(_split(weight, scores_form)) * np.abs(dp - d)
     return _Errors(ds, eps * np.abs(ds) + fp32, weight, eps, d_random, np.sqrt((variance_p + variance_o) / 3), d_fixed)
 
 
@@ -154,15 +160,16 @@ def gradient_bounds(
     scale: float | None = None,
     *,
     BLOCK_N: int = 16,
+    s_dtype: str | None = None,
     dropout: float = 0.0,
     dropout_seed: int = SEED,
 ) -> GradientBounds:
-    """The bounds derived above; `BLOCK_N` and `dropout` as in `rounding_bounds`.
+    """The bounds derived above; `BLOCK_N`, `s_dtype`, here of S and dP, and `dropout` as in `rounding_bounds`.
 
     Raises InputError for arguments that do not fit.
     """
-    check_dtypes(dtype=dtype)
-    form = FORMATS[dtype]
+    check_dtypes(dtype=dtype, **({"s_dtype": s_dtype} if s_dtype else {}))
+    form, scores = FORMATS[dtype], FORMATS[s_dtype] if s_dtype else None
     inputs = check_inputs(q, k, v, scale, dropout, dropout_seed)
     given = check_do(do, inputs)
     (batch, seqlen_q, heads_q, head_dim), (seqlen_k, heads_kv, head_dim_v) = inputs.q.shape, inputs.v.shape[1:]
@@ -174,8 +181,8 @@ def gradient_bounds(
     for piece in pieces(inputs, mask) if seqlen_k else ():
         at, head = (piece.batch, piece.rows, piece.head), (piece.batch, slice(None), piece.head)
         go, aq, ak, ago = given[at], np.abs(piece.q), np.abs(piece.k), np.abs(given[at])
-        terms = error_terms(piece, inputs.scale, form, 1.0, BLOCK_N)
-        e = _errors_of_ds(piece, go, terms, form)
+        terms = error_terms(piece, inputs.scale, form, 1.0, BLOCK_N, scores_form=scores)
+        e = _errors_of_ds(piece, go, terms, form, scores)
         size = np.abs(e.ds) + e.fp32 + e.weight * (e.d_random + e.d_fixed)
         random, lost = _split(size, form, 1 - inputs.dropout)
         rows.update(fingerprints(terms.steps[terms.seen[:, 0]]).tolist())
@@ -202,6 +209,7 @@ def gradient_bounds(
             factor * ((e.fp32 + lost + e.weight * e.d_fixed).T @ aq + sums * (size.T @ aq)),
         )
         random, lost = (piece.drop(x) for x in _split(e.weight, form))
+        random *= 2 if scores and inputs.dropout else 1
         p = piece.drop(terms.p)
         dv.add(
             head,

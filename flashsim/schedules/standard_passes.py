@@ -41,6 +41,11 @@ def kernel(name: str, step: Any, tensors: tuple[str, ...], **fields: Any) -> Ker
     return Kernel(f"standard_{name}", (role,), **given | fields)
 
 
+def rows_at_once(block: int, width: int) -> int:
+    """Rows of a tile that is `width` wide: a thread of one warpgroup has no registers for 128 x 256 sums."""
+    return block if width <= 128 else min(block, 64)
+
+
 def no_memory(cta: CTA) -> None:
     """Declares nothing: the kernel has registers only."""
 
@@ -57,28 +62,28 @@ class Passes:
     def scores(self, name: str, left: str, right: str, into: str, width: int, scaled: bool = False) -> Kernel:
         """into = left right^T: a row of `left` for each query and one of `right` for each key. `scaled`: multiplied by
         the softmax scale, alpha of a library's product."""
-        M, N = self.BLOCK_M, self.BLOCK_N
-        return self._product(name, Scores(left, right, into, (M, width), (N, width), (M, N), scaled), width)
+        M, N = rows_at_once(self.BLOCK_M, width), self.BLOCK_N
+        return self._product(name, Scores(left, right, into, (M, width), (N, width), (M, N), scaled), M, N, width)
 
     def by_queries(self, name: str, left: str, right: str, into: str, width: int) -> Kernel:
         """into = left right, of scores and a row for each key."""
-        M, N = self.BLOCK_M, self.BLOCK_N
-        return self._product(name, ByQueries(left, right, into, (M, N), (N, width), (M, width)), width)
+        M, N = rows_at_once(self.BLOCK_M, width), self.BLOCK_N
+        return self._product(name, ByQueries(left, right, into, (M, N), (N, width), (M, width)), M, N, width)
 
     def by_keys(self, name: str, left: str, right: str, into: str, width: int) -> Kernel:
         """into = left^T right, of scores and a row for each query."""
-        M, N = self.BLOCK_M, self.BLOCK_N
-        return self._product(name, ByKeys(left, right, into, (M, N), (M, width), (N, width)), width)
+        M, N = self.BLOCK_M, rows_at_once(self.BLOCK_N, width)
+        return self._product(name, ByKeys(left, right, into, (M, N), (M, width), (N, width)), M, N, width)
 
-    def _product(self, name: str, step: Product, width: int) -> Kernel:
+    def _product(self, name: str, step: Product, M: int, N: int, width: int) -> Kernel:
         p = self.problem
         byte = p.element_bytes * (p.seqlen_q * p.seqlen_k + (p.seqlen_q + p.seqlen_k) * width)
         return kernel(
             name,
             step,
             (step.left, step.right, step.into),
-            BLOCK_M=self.BLOCK_M,
-            BLOCK_N=self.BLOCK_N,
+            BLOCK_M=M,
+            BLOCK_N=N,
             mma=self.mma,
             copy="tma" if self.mma == "wgmma" else "cp.async",
             shared=step.operands,
@@ -104,7 +109,8 @@ class Passes:
 
     def sum_heads(self, name: str, source: str, into: str, width: int) -> Kernel:
         """The gradient of repeated rows: for each KV head the sum of those of the query heads that share it."""
-        step, tile = SumHeads(source, into, (self.BLOCK_N, width)), {"BLOCK_M": self.BLOCK_M, "BLOCK_N": self.BLOCK_N}
+        rows = rows_at_once(self.BLOCK_N, width)
+        step, tile = SumHeads(source, into, (rows, width)), {"BLOCK_M": self.BLOCK_M, "BLOCK_N": rows}
         return kernel(name, step, (source,), grid=Grid(over="keys", heads="kv"), walk="none", **tile)
 
 

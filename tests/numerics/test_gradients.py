@@ -163,6 +163,24 @@ def test_bounds_are_small(dtype: str) -> None:
         assert mean < 0.5 * u * np.abs(exact).max()
 
 
+@DTYPES
+def test_scores_that_are_stored(dtype: str) -> None:
+    """Unfused attention rounds S and dP, too: with large scores, that is more than all other roundings."""
+    given_ = tensors(20, 30, heads=1, heads_kv=1, dtype=dtype)
+    given_ = (16 * given_[0], *given_[1:])
+    q, k, v, do = (x[:, :, 0] for x in given_)
+    s, dp = round_to(q @ k.transpose(0, 2, 1) / 8**0.5, dtype), round_to(do @ v.transpose(0, 2, 1), dtype)
+    p = np.exp(s - s.max(axis=2, keepdims=True))
+    p /= p.sum(axis=2, keepdims=True)
+    ds = p * (dp - np.sum(p * dp, axis=2, keepdims=True)) / 8**0.5
+    mine = (ds @ k, ds.transpose(0, 2, 1) @ q, p.transpose(0, 2, 1) @ do)
+    fused, unfused = (gradient_bounds(*given_, dtype, s_dtype=form).largest for form in (None, dtype))
+    for one, exact, narrow, wide in zip(mine, attention_gradients_reference(*given_), fused, unfused, strict=True):
+        errors = np.abs(one[:, :, None] - exact)
+        assert np.any(errors > narrow)
+        assert np.all(errors <= wide)
+
+
 def spoiled(gradient: Array) -> dict[str, Array]:
     """One thing wrong at a time."""
     one = np.zeros_like(gradient)
