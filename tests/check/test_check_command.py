@@ -106,7 +106,7 @@ def test_json_of_a_failure(capsys: pytest.CaptureFixture[str], wrong: str) -> No
 
 
 def test_mutants(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "TRIED", 4)
+    monkeypatch.setattr(survey, "TRIED", 8)
     monkeypatch.setattr(survey, "in_order", lambda work, items, workers: map(work, items))
     code, out, err = run(capsys, "standard", "--mutants")
     assert (code, err) == (0, "")
