@@ -31,8 +31,8 @@ from flashsim.watchdog import Watchdog
 MAX_CHUNKS = 6_000
 """KV tiles are taken together, and work tiles that share nothing, as many as it needs to have no more than this."""
 MAX_CHUNKS_OF_STREAM = 1_000
-"""The same for the kernels of a library, which stream through memory at one rate from their start to their end, and for
-those whose CTAs have a whole head each, which meet in HBM only."""
+"""The same for the kernels of a library and those without an inner loop, which stream through memory at one rate from
+their start to their end, and for those whose CTAs have a whole head each, which meet in HBM only."""
 FOREVER = sys.maxsize
 
 

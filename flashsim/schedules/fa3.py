@@ -20,7 +20,7 @@ from flashsim.schedules.fa3_backward import FA3Backward
 from flashsim.schedules.fa3_backward import tile_size as backward_tile_size
 from flashsim.schedules.fa3_fp8 import FA3FP8
 from flashsim.schedules.fa3_fp8 import tile_size as fp8_tile_size
-from flashsim.schedules.fa3_three_stages import ThreeStages
+from flashsim.schedules.fa3_three_stages import ThreeStages, keys_of_three_stages
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Ring, Sync, Turn, Warpgroup, WorkTile
 
@@ -63,12 +63,6 @@ def tile_size(head_dim: int, masked: bool, build: str) -> tuple[int, int, bool]:
     if head_dim <= 192:
         return (128, 112, False)
     return (128, 80, False)
-
-
-def keys_of_three_stages(rows: int, head_dim: int) -> int:
-    """BLOCK_N for which two S tiles, P and O fit the registers of a consumer, 24 others included."""
-    left = {64: 255, 128: 240, 192: 160}[rows] - 24 - head_dim // 2
-    return max(16, int(left / (2 * 0.5 + 0.25)) // 16 * 16)
 
 
 @dataclass(frozen=True)
@@ -132,28 +126,14 @@ class FA3(Schedule):
             lines.append(f"num_stages = {self.num_stages}, allowed are 1 to 8")
         if self.overlap_stages not in (2, 3):
             lines.append(f"overlap_stages = {self.overlap_stages}, allowed are 2 and 3")
-        if self.overlap_stages == 3 and not (
-            self.warp_specialized and self.intra_wg_overlap and not self.P_in_shared and problem.dtype != "fp8"
-        ):
-            lines.append("overlap_stages = 3 needs warp_specialized, intra_wg_overlap, P in registers and 16 bits")
-        if self.overlap_stages == 3 and self.num_stages < 2:
-            lines.append("overlap_stages = 3 needs num_stages of at least 2: K runs two tiles ahead of V")
+        if self.overlap_stages == 3:
+            lines += self.three_stages().complaints(problem, self.options())
         if self.persistent and not self.warp_specialized:
             lines.append("persistent needs warp_specialized: the producer is what prefetches the next tile")
         if self.pingpong and not self.intra_wg_overlap and not self.warp_specialized:
             lines.append("pingpong without intra_wg_overlap needs warp_specialized: else turn and refill deadlock")
         if problem.dtype == "fp8":
-            needed = {"warp_specialized": True, "intra_wg_overlap": True, "persistent": True, "P_in_shared": False}
-            given = self.options()
-            lines += [f"{name} must be {value} for fp8" for name, value in needed.items() if given[name] != value]
-            if self.num_stages < 2:
-                lines.append(
-                    "num_stages must be at least 2 for fp8: the producer loads one tile ahead of its transpose"
-                )
-            if self.incoherent != "off" and problem.head_dim not in (64, 128, 256):
-                lines.append(f"incoherent needs head_dim 64, 128 or 256, not {problem.head_dim}: a Hadamard matrix")
-            if self.BLOCK_N % 32:
-                lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are multiples of 32 for fp8 (k of a wgmma)")
+            lines += self._fp8(problem).complaints(problem, self.options())
         elif self.incoherent != "off":
             lines.append("incoherent is for fp8")
         return lines + (self._backward(problem).complaints(problem) if "bwd" in problem.passes else [])
@@ -168,10 +148,13 @@ class FA3(Schedule):
         head_dim = max(problem.head_dim, problem.head_dim_v)
         return self.backward(self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.deterministic, head_dim)
 
+    def _fp8(self, problem: AttentionProblem) -> FA3FP8:
+        tile = self.BLOCK_M, self.BLOCK_N, self.num_stages
+        return self.fp8(*tile, bool(self.pingpong), self.incoherent, *self._widths(problem))
+
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
         if problem.dtype == "fp8":
-            tile = self.BLOCK_M, self.BLOCK_N, self.num_stages
-            return self.fp8(*tile, bool(self.pingpong), self.incoherent, *self._widths(problem)).kernels(problem)
+            return self._fp8(problem).kernels(problem)
         d, dv = self._widths(problem)
         masked, consumers = problem.mask_rule.kind != "full", self.BLOCK_M // 64
         q_tiles = -(-problem.seqlen_q // self.BLOCK_M)

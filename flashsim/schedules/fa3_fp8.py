@@ -9,6 +9,7 @@ which spreads outliers and leaves Q K^T as it is (incoherent processing).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +99,18 @@ class FA3FP8:
     incoherent: str
     head_dim: int
     head_dim_v: int
+
+    def complaints(self, problem: AttentionProblem, switches: Mapping[str, Any]) -> list[str]:
+        """What FA3's switches, and the tile, have to be."""
+        needed = {"warp_specialized": True, "intra_wg_overlap": True, "persistent": True, "P_in_shared": False}
+        lines = [f"{name} must be {value} for fp8" for name, value in needed.items() if switches[name] != value]
+        if self.num_stages < 2:
+            lines.append("num_stages must be at least 2 for fp8: the producer loads one tile ahead of its transpose")
+        if self.incoherent != "off" and problem.head_dim not in (64, 128, 256):
+            lines.append(f"incoherent needs head_dim 64, 128 or 256, not {problem.head_dim}: a Hadamard matrix")
+        if self.BLOCK_N % 32:
+            lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are multiples of 32 for fp8 (k of a wgmma)")
+        return lines
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
         masked, consumers = problem.mask_rule.kind != "full", self.BLOCK_M // 64

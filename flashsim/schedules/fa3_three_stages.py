@@ -7,14 +7,31 @@ for each query.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from flashsim.problem import AttentionProblem
 from flashsim.schedules.softmax import online_softmax, rescale
 from flashsim.schedules.verbs import Program, Warpgroup, WorkTile
 
 
+def keys_of_three_stages(rows: int, head_dim: int) -> int:
+    """BLOCK_N for which two S tiles, P and O fit the registers of a consumer, 24 others included."""
+    left = {64: 255, 128: 240, 192: 160}[rows] - 24 - head_dim // 2
+    return max(16, int(left / (2 * 0.5 + 0.25)) // 16 * 16)
+
+
 class ThreeStages:
     """Takes the place of `FA3.attend`; `r` has two tiles of scores."""
+
+    def complaints(self, problem: AttentionProblem, switches: Mapping[str, Any]) -> list[str]:
+        """What FA3's switches have to be."""
+        lines, on = [], switches["warp_specialized"] and switches["intra_wg_overlap"]
+        if not on or switches["P_in_shared"] or problem.dtype == "fp8":
+            lines.append("overlap_stages = 3 needs warp_specialized, intra_wg_overlap, P in registers and 16 bits")
+        if switches["num_stages"] < 2:
+            lines.append("overlap_stages = 3 needs num_stages of at least 2: K runs two tiles ahead of V")
+        return lines
 
     def attend(self, wg: Warpgroup, s: Any, r: Any, tile: WorkTile) -> Program:
         Q, scores, first = s.Q[tile.index].rows(64 * wg.index, 64), (r.S, r.S_next), tile.first
