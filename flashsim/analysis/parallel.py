@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from traceback import format_exc
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -24,8 +25,8 @@ serves it for the next; the smaller the last share, the shorter the wait for its
 def in_order(work: Callable[[Item], Answer], items: Sequence[Item], workers: int) -> Iterator[Answer]:
     """`work` of each item, in the order of the items, by up to `workers` processes.
 
-    `work` must be a function of a module, items and answers must be picklable. An exception of `work` comes where its
-    answer would have. Processes are started afresh, so that the answers are those of one process alone.
+    `work` must be a function of a module; items, answers and exceptions must be picklable. An exception of `work` comes
+    where its answer would have. Processes are started afresh, so that the answers are those of one process alone.
     """
     if workers < 2 or len(items) < WORTH_IT:
         yield from map(work, items)
@@ -39,7 +40,7 @@ def in_order(work: Callable[[Item], Answer], items: Sequence[Item], workers: int
     try:
         for answer in pool.map(partial(_try, work), items, chunksize=share):
             if isinstance(answer, _Failed):
-                raise answer.error
+                raise answer.error from InAWorker(answer.where)
             yield answer
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -48,6 +49,11 @@ def in_order(work: Callable[[Item], Answer], items: Sequence[Item], workers: int
 @dataclass
 class _Failed:
     error: Exception
+    where: str
+
+
+class InAWorker(Exception):
+    """Where in a worker an exception was raised, as text: tracebacks do not travel."""
 
 
 def _try(work: Callable[[Item], Answer], item: Item) -> Answer | _Failed:
@@ -55,7 +61,7 @@ def _try(work: Callable[[Item], Answer], item: Item) -> Answer | _Failed:
     try:
         return work(item)
     except Exception as error:
-        return _Failed(error)
+        return _Failed(error, format_exc())
 
 
 def _begin() -> None:

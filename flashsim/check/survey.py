@@ -213,9 +213,8 @@ def _varied(examples: list[Example], count: int) -> list[Example]:
 def _traits(example: Example) -> set[frozenset[object]]:
     """Every three of the things that are special about an example."""
     p, options = example.problem, example.options
-    visited = p.mask_rule.walk(range(p.seqlen_q), options.get("BLOCK_N", 128), p.seqlen_q, p.seqlen_k).count
-    if "bwd" in p.passes:
-        visited = q_tiles(p, 0, options.get("bwd_BLOCK_M", 64), options.get("bwd_BLOCK_N", 128)).count
+    kv = p.mask_rule.walk(range(p.seqlen_q), options.get("BLOCK_N", 128), p.seqlen_q, p.seqlen_k).count
+    q = q_tiles(p, 0, options.get("bwd_BLOCK_M", 64), options.get("bwd_BLOCK_N", 128)).count
     alone = {
         *options.items(),
         ("direction", p.direction),
@@ -225,8 +224,10 @@ def _traits(example: Example) -> set[frozenset[object]]:
         ("mask", p.mask_rule.kind),
         ("gpu", example.gpu),
         ("sms", example.sms),
+        ("KV tiles", min(kv, MANY_TILES)),
+        ("Q tiles", min(q, MANY_TILES) if "bwd" in p.passes else 0),
     }
-    return {frozenset(three) for three in combinations({*alone, ("tiles", min(visited, MANY_TILES))}, 3)}
+    return {frozenset(three) for three in combinations(alone, 3)}
 
 
 def _with_part(kind: type[Schedule], part: type, changed: type) -> type[Schedule]:

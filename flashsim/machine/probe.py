@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, is_dataclass, replace
+from functools import cache, partial
 from random import Random
 from typing import Any, NamedTuple
 
@@ -125,8 +125,10 @@ class Probe:
         # A work tile of a probe says itself what it visits, and what of that needs masking.
         seqlen_q, seqlen_k = problem.seqlen_q, problem.seqlen_k
         if kernel.grid.over == "queries":
+            self._has_whole_blocks = seqlen_q >= kernel.BLOCK_M
             seqlen_k += ROOM * kernel.BLOCK_N
         else:
+            self._has_whole_blocks = seqlen_k >= kernel.BLOCK_N
             seqlen_q += ROOM * kernel.BLOCK_M
         self._long = replace(problem, seqlen_q=seqlen_q, seqlen_k=seqlen_k, mask="full")
         self._name = self._named()
@@ -222,7 +224,7 @@ class Probe:
                 return self._run(tiles, slots, offset, late, seed)
 
             # Where a work tile ends with a tensor, its bytes depend on the lengths.
-            whole = not any(tile.short or tile.short_first for tile in tiles)
+            whole = self._has_whole_blocks and not any(tile.short or tile.short_first for tile in tiles)
             self._traces[key] = KNOWN.get((self._name, key), run) if self._name and whole else run()
             self.events += self._traces[key].events
         return self._traces[key]
@@ -230,14 +232,16 @@ class Probe:
     def _named(self) -> Any:
         """What decides the traces of a built-in kernel; None for a user's, whose text may ask for anything."""
         k, p = self.kernel, self.problem
-        programs: list[tuple[Any, ...]] = []
+        programs: list[Any] = []
         for role in k.roles:
             for function in (role.program, role.registers, k.shared):
                 bare = function.func if isinstance(function, partial) else function
                 given = (function.args, tuple(function.keywords.items())) if isinstance(function, partial) else ()
-                if bare is not None and not bare.__module__.startswith("flashsim.schedules."):
+                owner = getattr(bare, "__self__", None)
+                texts = (bare, *_classes_of(type(owner))) if owner is not None else (bare,)  # type: ignore[arg-type]
+                if not all(text is None or text.__module__.startswith("flashsim.schedules.") for text in texts):
                     return None
-                programs.append((getattr(bare, "__qualname__", ""), repr(getattr(bare, "__self__", None)), given))
+                programs += [getattr(bare, "__qualname__", ""), *texts[1:], _state_of(owner), given]
             programs.append((role.name, role.count, role.warps))
         kernel = (k.name, k.grid, k.BLOCK_M, k.BLOCK_N, k.widths(p), k.mma, k.copy, k.cluster, k.overhead_instructions)
         more = (k.walk, k.masks, k.kv_dtype, tuple(k.workspace.items()))
@@ -285,6 +289,18 @@ class Probe:
         where = Coordinates(self._blocks - 1 if tile.short else 0, 0, number)
         first = self._inner_blocks(self._long) - 1 if tile.short_first else tile.count - 1
         return Shortened(where, _walk(tile, first))
+
+
+@cache
+def _classes_of(kind: type) -> tuple[type, ...]:
+    """`kind`, and the classes that it has as attributes: its methods may call theirs."""
+    parts = [getattr(kind, name) for name in dir(kind) if not name.startswith("__")]
+    return (kind, *(part for part in parts if isinstance(part, type)))
+
+
+def _state_of(owner: object) -> str:
+    """What an object of one class can differ in from others."""
+    return repr(owner) if is_dataclass(owner) else repr(getattr(owner, "__dict__", None))
 
 
 def _walk(tile: TileClass, first: int) -> KVWalk:

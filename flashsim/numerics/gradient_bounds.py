@@ -17,8 +17,9 @@ As in `bounds.py`, that is the largest error; for the typical one, roundings of 
 sqrt(a / 3) times their root of squares, times 1 + 6 / sqrt(N) for the mean over N different rows or keys. Where a row
 has equal neighbors a counts them for dK and dV. No number may leave the dtype's range.
 
-Unfused attention stores more in narrow formats. S is a part of `logits`, as in `error_terms.py`; P, whose errors and
-losses dS then has, |dP - D| times; and dP, which adds p (u |dP| + t) to dS. With dropout, P and dP are stored twice.
+Unfused attention stores more in narrow formats. S is a part of `logits`, as in `error_terms.py`. P's errors and losses
+are in dS as well, |dP - D| times; dP's, u |dP| + t, are in dS p times. D is summed from both: sum_c p_c (u |dP_c| + t)
+and |dP_c| times P's errors. With dropout P and dP are stored twice, and t is multiplied by w in between.
 
 With dropout, w = keep / (1 - dropout), v_c is w_c v_c for each row, as in `error_terms.py`: dP = (dO V^T) * w and
 dV = (P * w)^T dO. Of that follows
@@ -135,8 +136,11 @@ def _errors_of_ds(piece: Piece, do: Float, terms: Terms, form: Format, scores_fo
     around = (AROUND + dropout_units(piece.dropout)) * FP32_UNIT
     fp32 = weight * (dp_sum * piece.drop(size @ np.abs(piece.v).T) + around * (np.abs(dp) + np.abs(d)))
     if scores_form:
-        stored = scores_form.unit_roundoff * np.abs(dp) + tiny(scores_form)
-        fp32 += weight * stored * (2 if piece.dropout else 1) + sum(_split(weight, scores_form)) * np.abs(dp - d)
+        least = tiny(scores_form) / (1 - piece.dropout)
+        of_dp = (scores_form.unit_roundoff * np.abs(dp) + least) * (2 if piece.dropout else 1)
+        of_p = sum(_split(weight, scores_form))
+        fp32 += weight * of_dp + of_p * np.abs(dp - d)
+        d_fixed += np.sum(weight * of_dp + of_p * np.abs(dp), axis=1, keepdims=True)
     return _Errors(ds, eps * np.abs(ds) + fp32, weight, eps, d_random, np.sqrt((variance_p + variance_o) / 3), d_fixed)
 
 

@@ -41,9 +41,10 @@ def kernel(name: str, step: Any, tensors: tuple[str, ...], **fields: Any) -> Ker
     return Kernel(f"standard_{name}", (role,), **given | fields)
 
 
-def rows_at_once(block: int, width: int) -> int:
-    """Rows of a tile that is `width` wide: a thread of one warpgroup has no registers for 128 x 256 sums."""
-    return block if width <= 128 else min(block, 64)
+def rows_at_once(block: int, columns: int) -> int:
+    """Rows of a tile with so many columns: at 256, a warpgroup has no registers for 128 rows of sums, and Ada no shared
+    memory for two operands of 128 rows."""
+    return block if columns <= 192 else min(block, 64)
 
 
 def no_memory(cta: CTA) -> None:
@@ -109,7 +110,7 @@ class Passes:
 
     def sum_heads(self, name: str, source: str, into: str, width: int) -> Kernel:
         """The gradient of repeated rows: for each KV head the sum of those of the query heads that share it."""
-        rows = rows_at_once(self.BLOCK_N, width)
+        rows = rows_at_once(self.BLOCK_N, width + width // 2)  # sums in 32 bits, and what is added in 16
         step, tile = SumHeads(source, into, (rows, width)), {"BLOCK_M": self.BLOCK_M, "BLOCK_N": rows}
         return kernel(name, step, (source,), grid=Grid(over="keys", heads="kv"), walk="none", **tile)
 

@@ -22,6 +22,7 @@ from flashsim.machine.options import Options
 from flashsim.machine.probe import Probe, Trace
 from flashsim.problem import AttentionProblem
 from flashsim.schedules import load_schedule
+from flashsim.schedules.fa3 import FA3
 from flashsim.simulate import simulate
 
 H100 = load_device("h100-sxm5")
@@ -189,3 +190,43 @@ def test_what_is_learnt_of_a_kernel_serves_at_other_lengths(schedule: str, monke
         simulate(AttentionProblem(batch=2, heads_q=4, seqlen_q=seqlen, head_dim=64, direction="fwd+bwd"), schedule)
         counts.append(len(probed))
     assert counts[1] <= counts[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "heads", "head_dim", "lengths", "before"),
+    [("fa1", 16, 64, (16, 128), (256, 20)), ("fa3", 16, 128, (1152, 176), (8, 1760))],
+)
+def test_what_was_simulated_before_does_not_show(
+    schedule: str,
+    heads: int,
+    head_dim: int,
+    lengths: tuple[int, int],
+    before: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of a problem without a whole block, the first block is shorter than other problems' are."""
+    gpu = "a100-sxm4-40gb" if schedule == "fa1" else "h100-sxm5"
+    results = []
+    for all_lengths in ([lengths], [before, lengths]):
+        monkeypatch.setattr(probe, "KNOWN", probe._Known())
+        for seqlen_q, seqlen_k in all_lengths:
+            p = AttentionProblem(batch=8, heads_q=heads, seqlen_q=seqlen_q, seqlen_k=seqlen_k, head_dim=head_dim)
+            result = simulate(p, schedule, gpu)
+        results.append((result.ticks, result.hbm_bytes, result.utilization))
+    assert results[0] == results[1]
+
+
+class Slower(FA3):
+    """Has more to do between any two waits."""
+
+    def attend(self, wg: Any, s: Any, r: Any, tile: Any) -> Any:
+        for event in super().attend(wg, s, r, tile):
+            wg.map("scale", r.O, into=r.O)
+            yield event
+
+
+def test_a_subclass_is_another_schedule() -> None:
+    """Though it inherits the programs of the roles."""
+    problem = AttentionProblem(batch=2, heads_q=8, seqlen_q=2048, head_dim=128, mask="causal")  # all blocks are whole
+    Slower.__qualname__ = "FA3"
+    assert simulate(problem, "fa3").ticks < simulate(problem, Slower).ticks

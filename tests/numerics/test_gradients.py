@@ -181,6 +181,23 @@ def test_scores_that_are_stored(dtype: str) -> None:
         assert np.all(errors <= wide)
 
 
+def test_what_is_stored_of_dp_changes_all_of_a_row() -> None:
+    """D is summed from it: here the gradient of q comes from a key whose own dP is 0."""
+    given_ = [
+        round_to(np.array(rows)[None, :, None], "fp16")
+        for rows in (
+            [[1.0, 0.0]],
+            [[0.0, 1.0], [-0.01857, 0.0], [-0.02669, 0.0]],
+            [[0.0, 0.0], [1.0, 1.0], [-1.0, -1.0202]],
+            [[1.0, 0.99 * 2**-11]],
+        )
+    ]
+    eager, exact = eager_gradients(*given_, "fp16", scale=1.0), attention_gradients_reference(*given_, scale=1.0)
+    errors = np.abs(eager.dq - exact.dq)
+    assert np.any(errors > gradient_bounds(*given_, "fp16", scale=1.0).largest.dq)
+    assert np.all(errors <= gradient_bounds(*given_, "fp16", scale=1.0, s_dtype="fp16").largest.dq)
+
+
 def spoiled(gradient: Array) -> dict[str, Array]:
     """One thing wrong at a time."""
     one = np.zeros_like(gradient)
