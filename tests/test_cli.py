@@ -14,6 +14,7 @@ import pytest
 from flashsim.cli import main
 from flashsim.errors import Hazard
 from flashsim.io.measured import COLUMNS
+from flashsim.problem import DIRECTIONS, DTYPES
 from flashsim.simulate import simulate
 
 ROOT = Path(__file__).parents[1]
@@ -451,3 +452,11 @@ def test_a_reader_that_leaves_early_causes_no_traceback() -> None:
     run = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
     assert run.stdout.startswith("h100-sxm5")
     assert run.stderr == ""
+
+
+def test_the_help_of_simulate_names_every_dtype_and_direction(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["simulate", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    for option, values in (("--dtype", DTYPES), ("--direction", DIRECTIONS)):
+        (line,) = (line for line in lines if line.strip().startswith(f"{option} "))
+        assert all(value in line.replace(",", " ").replace(".", " ").split() for value in values)

@@ -209,7 +209,7 @@ def for_examples(kind: type[Schedule], count: int, seed: int, action: Callable[[
 
     Raises that of the smallest, and NothingAccepted if the schedule takes none.
     """
-    with _nothing_left_behind(), _nothing_found_here():
+    with _nothing_left_behind(), _no_constants():
         for begin in range(0, count, ROUND):
             _round(kind, min(ROUND, count - begin), seed + begin * FAR_APART, action)
 
@@ -248,7 +248,7 @@ def _nothing_left_behind() -> Iterator[None]:
 
 
 @contextmanager
-def _nothing_found_here() -> Iterator[None]:
+def _no_constants() -> Iterator[None]:
     """Keep Hypothesis from drawing constants, its own and those of whatever modules are loaded: a seed says all."""
     with mock.patch.object(HypothesisProvider, "_maybe_draw_constant", return_value=None, create=True):
         yield

@@ -36,7 +36,7 @@ ONE_WARPGROUP = "a check does not tell the four warps of one warpgroup apart, an
 ONE_DO = (
     "the only slot of dO is loaded again when all have read P, and who writes P has waited for that; the code has both"
 )
-TWO_RELEASES = "two slots are handed back one after the other, without a statement between them that uses either"
+TWO_SIGNALS = "two slots are handed on or back one after the other, without a statement between them that uses either"
 P_IS_THERE = "LSE is read for P, which has been computed"
 ONE_STAGE_LESS = "Q is loaded when the tile before it has been released, which comes after: it costs time"
 DV_BEHIND = "the product with P is issued behind the barrier, not before it: it costs time"
@@ -54,7 +54,6 @@ COPY_BEHIND = "the product reads the copy in P; the one in dS is made behind it,
 STORES_APART = "two stores to different tensors, in either order"
 READ_BY_THE_PRODUCER = "only the producer reads V, and it has transposed the tile before it loads another into the slot"
 FREE_LATER = "the next tile's slot is free later than this one's: it costs time"
-TWO_SIGNALS = "two signals one after the other, without a statement between them"
 O_COMES_BETWEEN = "V is loaded again when the O that lies in its memory has left, which is written after all products"
 NOTHING_HANDED_ON = "the turn that is passed on before it is no part of what Q's release says"
 
@@ -127,29 +126,29 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
         ("producer", "yield s.Q.empty(i)", "next item"): ONE_STAGE_LESS,
         ("consumer", "yield s.PdS.wait()", "removed"): ONE_DO,
         ("consumer", "s.LSE.release(i)", "earlier"): P_IS_THERE,
-        ("consumer", "s.Q.release(i)", "earlier"): TWO_RELEASES,
+        ("consumer", "s.Q.release(i)", "earlier"): TWO_SIGNALS,
         ("consumer", "s.K.release(tile.index)", "next item"): ONE_SLOT,
         ("consumer", "s.K.release(tile.index)", "item before"): ONE_SLOT,
         ("consumer", "s.V.release(tile.index)", "next item"): ONE_SLOT,
         ("consumer", "s.V.release(tile.index)", "item before"): ONE_SLOT,
-        ("consumer", "s.V.release(tile.index)", "earlier"): TWO_RELEASES,
+        ("consumer", "s.V.release(tile.index)", "earlier"): TWO_SIGNALS,
         ("rest_of_step", "yield s.PdS.wait()", "earlier"): DV_BEHIND,
         ("rest_of_step", "s.D.release(i)", "earlier"): "D is read for dS, which has been computed: before `yield dV`",
-        ("rest_of_step", "s.dO.release(i)", "earlier"): TWO_RELEASES,
+        ("rest_of_step", "s.dO.release(i)", "earlier"): TWO_SIGNALS,
         ("rest_of_step_in_slices", "yield s.PdS.wait()", "earlier"): DV_BEHIND,
         ("rest_of_step_in_slices", "s.D.release(i)", "next item"): ONE_SLOT,
         ("rest_of_step_in_slices", "s.D.release(i)", "item before"): ONE_SLOT,
         ("rest_of_step_in_slices", "s.D.release(i)", "earlier"): "D is read for dS, which has been computed",
         ("rest_of_step_in_slices", "s.dO.release(i)", "next item"): ONE_SLOT,
         ("rest_of_step_in_slices", "s.dO.release(i)", "item before"): ONE_SLOT,
-        ("rest_of_step_in_slices", "s.dO.release(i)", "earlier"): TWO_RELEASES,
+        ("rest_of_step_in_slices", "s.dO.release(i)", "earlier"): TWO_SIGNALS,
         ("dq_writer", "yield s.order.turn(tile, i)", "removed"): ADDS_COMMUTE,
         ("write_output", "yield s.consumers.wait()", "earlier"): "the statement before it is only a test",
         ("write_output", "s.dV.release(tile.index)", "next item"): ONE_SLOT,
         ("write_output", "s.dV.release(tile.index)", "item before"): ONE_SLOT,
         ("write_output", "s.dK.release(tile.index)", "next item"): ONE_SLOT,
         ("write_output", "s.dK.release(tile.index)", "item before"): ONE_SLOT,
-        ("write_output", "s.dK.release(tile.index)", "earlier"): TWO_RELEASES,
+        ("write_output", "s.dK.release(tile.index)", "earlier"): TWO_SIGNALS,
         (
             "clear",
             'yield wg.store(r, into=getattr(tile, f"{name}_accum").rows(wg.index * r.shape[0], r.shape[0]))',

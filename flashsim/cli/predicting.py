@@ -63,10 +63,7 @@ def run(
 
         show(*filter(None, [cases.title]), *run_tables(cases, outcomes), *run_footer(cases, outcomes))
     failures = [f"{outcome.case.label}: {outcome.failure}" for outcome in outcomes if outcome.failure]
-    complain(failures, FAILED)
-    if interrupted:
-        return say_interrupted(len(outcomes), len(cases.cases))
-    return FAILED if failures else OK
+    return _exit_code(failures, interrupted, len(outcomes), len(cases.cases))
 
 
 def _run_experiment(path: str, as_json: bool, output: str | None) -> int:
@@ -123,9 +120,14 @@ def _run_claims(path: str, as_json: bool, output: str | None) -> int:
 
         show(*filter(None, [claims.title]), *claims_parts(verdicts))
     failures = [f"{verdict.claim.claim}: {verdict.failure}" for verdict in verdicts if verdict.failure]
+    return _exit_code(failures, interrupted, len(found), len(jobs))
+
+
+def _exit_code(failures: list[str], interrupted: bool, finished: int, total: int) -> int:
+    """Say what failed, and how far an interrupted command came."""
     complain(failures, FAILED)
     if interrupted:
-        return say_interrupted(len(found), len(jobs))
+        return say_interrupted(finished, total)
     return FAILED if failures else OK
 
 
