@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import nullcontext, redirect_stdout
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +22,10 @@ from flashsim.cli.show import (
     write_json,
 )
 from flashsim.errors import InputError, SimulationError
+
+if TYPE_CHECKING:
+    from flashsim.devices import DeviceSpec
+    from flashsim.io.case import Case
 
 
 @app.command()
@@ -155,6 +159,10 @@ def simulate(
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="Simulate every SM and every CTA.")] = False,
     seed: Annotated[str, number_option("--seed", help="Of the random inputs of --functional.")] = "0",
+    costs: Annotated[
+        str | None,
+        typer.Option("--costs", metavar="FILE", help="Counts of a compiled kernel, of `audit --as-costs`."),
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Simulate one case."""
@@ -201,7 +209,7 @@ def simulate(
             result = simulate(
                 case.problem,
                 case.schedule,
-                case.gpu,
+                case.gpu if costs is None else _with_costs(case, costs),
                 clock_mhz=case.clock_mhz,
                 options=case.options,
                 functional=functional,
@@ -224,6 +232,18 @@ def simulate(
 
         show(*verdict(result), "", kernels_table(result), *functional_lines(result))
     return FAILED if result.functional is not None and not result.functional.accepted else OK
+
+
+def _with_costs(case: Case, path: str) -> DeviceSpec:
+    """The case's GPU with the instruction counts of a compiled kernel. Raises InputError if it is not the case's."""
+    from flashsim.io.costs import read_costs
+    from flashsim.simulate import configured
+
+    compiled = read_costs(path)
+    options = configured(case.schedule, case.problem, case.gpu, case.options).options()
+    if wrong := compiled.misfits(case.schedule.name(), options, case.problem):
+        raise InputError([f"--costs {path}: {line}" for line in wrong])
+    return compiled.applied(case.gpu)
 
 
 @app.command()

@@ -14,6 +14,8 @@ from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
 from flashsim.schedules.fa2_backward import FA2Backward
 from flashsim.schedules.fa2_backward import tile_size as backward_tile_size
+from flashsim.schedules.fa2_triton import FA2Triton
+from flashsim.schedules.launch import PUBLISHED, launch_parameters
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Sync, Warpgroup
 
@@ -63,11 +65,6 @@ def tile_size(head_dim: int, masked: bool, dropout: bool, architecture: str) -> 
     return (128, 64) if architecture == "ampere" else (64, 64)
 
 
-def padded(width: int) -> int:
-    """The head dim of the tiles: the library has kernels for multiples of 32 (round_multiple in flash_api.cpp)."""
-    return -(-width // 32) * 32
-
-
 @dataclass(frozen=True)
 class FA2(Schedule):
     """FlashAttention-2, fp16 and bf16, Ampere, Ada and Hopper."""
@@ -77,7 +74,12 @@ class FA2(Schedule):
     directions = ("fwd", "bwd", "fwd+bwd")
     dropout = True
     backward: ClassVar[type[FA2Backward]] = FA2Backward
+    triton: ClassVar[type[FA2Triton]] = FA2Triton
 
+    impl: str = switch(PUBLISHED, "whose kernel; triton: kernels/fa2.py, with its tiles", (PUBLISHED, "triton"))
+    mma: str = switch(None, "instruction of the forward products", ("mma.sync", "wgmma"))
+    num_warps: int = switch(None, "warps of a CTA of the forward pass")
+    num_stages: int = switch(None, "of impl=triton: tiles of K and V under way at a time, one of them computed on")
     bwd_BLOCK_M: int = switch(None, "query rows of a tile of the backward pass")
     bwd_BLOCK_N: int = switch(None, "keys of a CTA's tile in the backward pass")
     bwd_stages: int = switch(None, "buffers of Q in the backward pass")
@@ -85,14 +87,26 @@ class FA2(Schedule):
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         head_dim = max(problem.head_dim, problem.head_dim_v)
-        rows, keys = tile_size(head_dim, problem.mask_rule.kind != "full", problem.dropout > 0, architecture)
         backward = dict(zip(BACKWARD_TILE, backward_tile_size(head_dim, architecture), strict=True))
-        return {"BLOCK_M": rows, "BLOCK_N": keys, **backward}
+        if self.impl == "triton":
+            forward = launch_parameters(self.impl, "fa2_fwd", problem, architecture)
+            return {"mma": "wgmma" if architecture == "hopper" else "mma.sync", **forward, **backward}
+        rows, keys = tile_size(head_dim, problem.mask_rule.kind != "full", problem.dropout > 0, architecture)
+        rows, keys = self.BLOCK_M or rows, self.BLOCK_N or keys
+        # Up to 32 rows for each warp, or 16 where 32 rows of O and S would take more than 192 registers a thread: the
+        # rule gives the numbers of warps that the code has for each of its tiles.
+        wide = self.padded(problem.head_dim_v) + keys > 192
+        warps = 4 * max(1, rows // (64 if wide else 128))
+        return {"BLOCK_M": rows, "BLOCK_N": keys, "mma": "mma.sync", "num_warps": warps, "num_stages": 1, **backward}
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
         lines = []
         if self.BLOCK_M not in (64, 128, 256):
             lines.append(f"BLOCK_M = {self.BLOCK_M}, allowed are 64, 128, 256: 16 or 32 rows for each of 4 or 8 warps")
+        elif self.num_warps not in (4, 8, 16) or self.BLOCK_M % (16 * self.num_warps):
+            lines.append(
+                f"num_warps = {self.num_warps}, allowed are 4, 8 and 16, each with at least 16 of {self.BLOCK_M} rows"
+            )
         if self.BLOCK_N % 16 or not 16 <= self.BLOCK_N <= 256:
             lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are the multiples of 16 from 16 to 256 (k of one mma)")
         for name, value in (("bwd_BLOCK_M", self.bwd_BLOCK_M), ("bwd_BLOCK_N", self.bwd_BLOCK_N)):
@@ -102,31 +116,40 @@ class FA2(Schedule):
                 )
         if self.bwd_stages not in (1, 2):
             lines.append(f"bwd_stages = {self.bwd_stages}, allowed are 1 and 2")
+        if self.impl == "triton":
+            lines += self.triton_kernel().complaints(problem)
+        elif self.num_stages != 1:
+            lines.append(f"num_stages = {self.num_stages}, the published kernel has one buffer of K and one of V")
         return lines
 
-    def warpgroups(self, problem: AttentionProblem) -> int:
-        """4 warps with up to 32 rows each, or 8 where 32 rows of O and S would take more than 192 registers a thread.
+    def padded(self, width: int) -> int:
+        """The head dim of the tiles: the library has kernels for multiples of 32 (round_multiple in flash_api.cpp)."""
+        return -(-width // 32) * 32
 
-        The rule gives the numbers of warps that the code has for each of its tiles.
-        """
-        wide = padded(problem.head_dim_v) + self.BLOCK_N > 192
-        return max(1, self.BLOCK_M // (64 if wide else 128))
+    @property
+    def warpgroups(self) -> int:
+        return self.num_warps // 4
+
+    def triton_kernel(self) -> FA2Triton:
+        return self.triton(self.BLOCK_M, self.BLOCK_N, self.num_stages, self.warpgroups, self.mma)
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
-        d, dv = (padded(width) for width in (problem.head_dim, problem.head_dim_v))
+        text = self.triton_kernel() if self.impl == "triton" else self
+        d, dv = (text.padded(width) for width in (problem.head_dim, problem.head_dim_v))
         forward = Kernel(
             name="fa2_fwd",
-            roles=(Role("warps", self.program, self.warpgroups(problem), registers=self.registers),),
-            shared=self.shared,
+            roles=(Role("warps", text.program, self.warpgroups, registers=text.registers),),
+            shared=text.shared,
             grid=Grid("rows", "cta"),
             BLOCK_M=self.BLOCK_M,
             BLOCK_N=self.BLOCK_N,
-            mma="mma.sync",
+            mma="wgmma" if self.mma == "wgmma" else "mma.sync",
             copy="cp.async",
             head_dim=d,
             head_dim_v=dv,
             overhead_instructions=OTHER_INSTRUCTIONS,
         )
+        d, dv = (self.padded(width) for width in (problem.head_dim, problem.head_dim_v))
         backward = self.backward(self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.bwd_stages, self.deterministic, d, dv)
         launches = {"fwd": (forward,), "bwd": backward.kernels(problem)}
         return tuple(kernel for name in problem.passes for kernel in launches[name])
@@ -136,11 +159,11 @@ class FA2(Schedule):
             Q=cta.slot("Q", (self.BLOCK_M, cta.head_dim)),
             K=cta.slot("K", (self.BLOCK_N, cta.head_dim)),
             V=cta.slot("V", (self.BLOCK_N, cta.head_dim_v)),
-            everybody=cta.sync("everybody", self.warpgroups(cta.problem)),
+            everybody=cta.sync("everybody", self.warpgroups),
         )
 
     def registers(self, regs: Registers) -> Fragments:
-        rows = self.BLOCK_M // self.warpgroups(regs.problem)
+        rows = self.BLOCK_M // self.warpgroups
         S = regs.tile("S", (rows, self.BLOCK_N))
         return Fragments(
             S=S,
@@ -151,7 +174,7 @@ class FA2(Schedule):
 
     def program(self, wg: Warpgroup, s: Shared, r: Fragments) -> Program:
         """Algorithm 1. Each warpgroup loads its share of the rows of Q, K and V, and computes its own rows of O."""
-        groups = self.warpgroups(wg.problem)
+        groups = self.warpgroups
         rows, keys = self.BLOCK_M // groups, self.BLOCK_N // groups
         for tile in wg.tiles():
             my_rows, my_keys = (wg.index * rows, rows), (wg.index * keys, keys)

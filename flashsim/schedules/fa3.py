@@ -21,9 +21,12 @@ from flashsim.schedules.fa3_backward import tile_size as backward_tile_size
 from flashsim.schedules.fa3_fp8 import FA3FP8
 from flashsim.schedules.fa3_fp8 import tile_size as fp8_tile_size
 from flashsim.schedules.fa3_three_stages import ThreeStages, keys_of_three_stages
+from flashsim.schedules.launch import PUBLISHED, launch_parameters, power_of_two
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Ring, Sync, Turn, Warpgroup, WorkTile
 
+OUR_KERNELS = {"gluon": "fa3_fwd", "triton": "fa3_triton_fwd"}
+"""What the launch tables call them."""
 L2_SECTION_BYTE = 32 << 20
 """K and V of the heads that the longest-first order works on at a time (hopper/tile_scheduler.hpp: 32 MiB of L2)."""
 
@@ -79,10 +82,15 @@ class FA3(Schedule):
     three_stages: ClassVar[type[ThreeStages]] = ThreeStages
 
     build: str = switch("2025-01", "the published code that is simulated", ("2024-07", "2025-01"))
-    num_stages: int = switch(2, "slots of the K ring and of the V ring")
-    warp_specialized: bool = switch(True, "loads by a producer, not by the consumers")
+    impl: str = switch(
+        PUBLISHED,
+        "whose kernel, with its tiles; gluon: kernels/fa3.py, triton: kernels/fa3_triton.py",
+        (PUBLISHED, "gluon", "triton"),
+    )
+    num_stages: int = switch(None, "slots of the K ring and of the V ring")
+    warp_specialized: bool = switch(None, "loads by a producer, not by the consumers")
     pingpong: bool = switch(None, "warpgroups take turns on the tensor cores")
-    intra_wg_overlap: bool = switch(True, "softmax of one tile under the PV product of the tile before")
+    intra_wg_overlap: bool = switch(None, "softmax of one tile under the PV product of the tile before")
     overlap_stages: int = switch(2, "KV tiles under way at a time: 2, or 3 as in the paper's appendix B.3")
     persistent: bool = switch(None, "as many CTAs as fit, each with many tiles")
     P_in_shared: bool = switch(None, "P goes to the PV product through shared memory, not registers")
@@ -97,6 +105,7 @@ class FA3(Schedule):
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         d, masked = max(self._widths(problem)), problem.mask_rule.kind != "full"
+        overlap, specialized = self.intra_wg_overlap is not False, self.warp_specialized is not False
         rows, keys, in_shared = tile_size(d, masked, self.build)
         if self.overlap_stages == 3:
             keys, in_shared = keys_of_three_stages(rows, d), False
@@ -104,17 +113,28 @@ class FA3(Schedule):
             (rows, keys), in_shared = fp8_tile_size(max(self._widths(problem))), False
         consumers = (self.BLOCK_M or rows) // 64
         backward_rows, backward_keys = backward_tile_size(d, masked)
-        return {
+        published = {
             "BLOCK_M": rows,
             "BLOCK_N": keys,
+            "num_stages": 2,
+            "warp_specialized": True,
+            "intra_wg_overlap": True,
             "P_in_shared": in_shared,
-            "pingpong": (consumers >= 2 and d <= 128)
-            if self.intra_wg_overlap
-            else (consumers == 2 and self.warp_specialized),
-            "persistent": self.warp_specialized,
+            "pingpong": (consumers >= 2 and d <= 128) if overlap else (consumers == 2 and specialized),
+            "persistent": specialized,
             "bwd_BLOCK_M": backward_rows,
             "bwd_BLOCK_N": backward_keys,
         }
+        return published | self._launched(problem, architecture)
+
+    def _launched(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
+        """What the launch table of our own kernel says of the switches."""
+        if self.impl == PUBLISHED:
+            return {}
+        row = launch_parameters(self.impl, OUR_KERNELS[self.impl], problem, architecture)
+        kinds = {switch.name: switch.type_name for switch in self.switches()}
+        given = {name: bool(n) if kinds[name] == "bool" else n for name, n in row.items() if name in kinds}
+        return {"P_in_shared": False} | given
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
         lines = []
@@ -132,6 +152,8 @@ class FA3(Schedule):
             lines.append("persistent needs warp_specialized: the producer is what prefetches the next tile")
         if self.pingpong and not self.intra_wg_overlap and not self.warp_specialized:
             lines.append("pingpong without intra_wg_overlap needs warp_specialized: else turn and refill deadlock")
+        if self.impl != PUBLISHED and (problem.dtype == "fp8" or "bwd" in problem.passes):
+            lines.append(f"impl = {self.impl} is a forward pass in 16 bits; gradients come from fa2 with impl = triton")
         if problem.dtype == "fp8":
             lines += self._fp8(problem).complaints(problem, self.options())
         elif self.incoherent != "off":
@@ -140,6 +162,8 @@ class FA3(Schedule):
 
     def _widths(self, problem: AttentionProblem) -> tuple[int, int]:
         """Head dims of the tiles (round_up_headdim in hopper/flash_api.cpp); 512 is none that fits."""
+        if self.impl != PUBLISHED:
+            return power_of_two(problem.head_dim), power_of_two(problem.head_dim_v)
         widths = (64, 96, 128, 192, 256, 512)
         d, dv = (next(w for w in widths if w >= given) for given in (problem.head_dim, problem.head_dim_v))
         return d, dv
@@ -159,6 +183,7 @@ class FA3(Schedule):
         masked, consumers = problem.mask_rule.kind != "full", self.BLOCK_M // 64
         q_tiles = -(-problem.seqlen_q // self.BLOCK_M)
         multicast = not masked and d >= 128 and (self.build == "2024-07" or q_tiles % 2 == 0)
+        multicast = multicast and self.impl == PUBLISHED
         # Registers of (consumers, producer) by the number of consumers, as the code sets them with setmaxnreg.
         limit, producer_limit = {1: (255, 56), 2: (240, 24), 3: (160, 32)}[consumers]
         # The code of 2024-07 spends a warpgroup on the producer; in both, one of its threads issues the loads.

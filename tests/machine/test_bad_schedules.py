@@ -17,6 +17,12 @@ PROBLEM = AttentionProblem(batch=1, heads_q=1, seqlen_q=64, head_dim=16)
 BEFORE = "                yield q\n"
 
 
+DEFAULTS = (
+    '        return {"BLOCK_M": rows, "BLOCK_N": keys, "mma": "mma.sync", "num_warps": warps, "num_stages": 1, **backward}\n'
+)
+"""The line of fa2 with the published kernel's defaults."""
+
+
 def edited(folder: Path, old: str, new: str) -> Path:
     """fa2 with one piece of its text changed."""
     text = Path(fa2.__file__).read_text(encoding="utf-8")
@@ -105,7 +111,7 @@ def test_a_loop_that_reaches_no_verb(body: str, tmp_path: Path, monkeypatch: pyt
 
 def test_a_barrier_at_which_nobody_arrives(tmp_path: Path) -> None:
     path = edited(
-        tmp_path, '"everybody", self.warpgroups(cta.problem)', '"everybody", self.warpgroups(cta.problem) + 1'
+        tmp_path, '"everybody", self.warpgroups', '"everybody", self.warpgroups + 1'
     )
     found = message_of(path, kind=Deadlock)
     assert "warps waits for phase 0 of everybody (0 completed, 1 of 2 arrived)" in found
@@ -125,9 +131,9 @@ def test_a_program_that_never_yields(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ('everybody=cta.sync("everybody", self.warpgroups(cta.problem)),', "everybody=cta.sink(),"),
+        ('everybody=cta.sync("everybody", self.warpgroups),', "everybody=cta.sink(),"),
         ('P=regs.tile("P", (rows, self.BLOCK_N), regs.problem.dtype, over=S),', "P=regs.tile(1 / 0),"),
-        ('        return {"BLOCK_M": rows, "BLOCK_N": keys, **backward}\n', '        return {"BLOCK_M": rows[0]}\n'),
+        (DEFAULTS, '        return {"BLOCK_M": rows[0]}\n'),
     ],
     ids=["shared", "registers", "defaults"],
 )
@@ -141,7 +147,7 @@ def test_a_mistake_outside_of_the_program(old: str, new: str, tmp_path: Path) ->
 def test_a_mistake_is_named_by_a_relative_path_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = edited(
         tmp_path,
-        '            everybody=cta.sync("everybody", self.warpgroups(cta.problem)),\n',
+        '            everybody=cta.sync("everybody", self.warpgroups),\n',
         "            everybody=1 / 0,\n",
     )
     monkeypatch.chdir(tmp_path)
@@ -152,9 +158,9 @@ def test_a_mistake_is_named_by_a_relative_path_too(tmp_path: Path, monkeypatch: 
 
 
 def test_what_a_function_returns_is_no_kernel(tmp_path: Path) -> None:
-    path = edited(tmp_path, "        return max(1, self.BLOCK_M // (64 if wide else 128))\n", "        return 1.5\n")
+    path = edited(tmp_path, "        return self.num_warps // 4\n", "        return 1.5\n")
     assert "TypeError" in message_of(path)
-    path = edited(tmp_path, '        return {"BLOCK_M": rows, "BLOCK_N": keys, **backward}\n', "        return None\n")
+    path = edited(tmp_path, DEFAULTS, "        return None\n")
     assert message_of(path).startswith("schedule fa2 does not run: AttributeError: ")
 
 
@@ -172,7 +178,7 @@ def test_only_who_issued_a_copy_can_wait_for_it(tmp_path: Path) -> None:
     ("old", "new"),
     [
         (
-            '            everybody=cta.sync("everybody", self.warpgroups(cta.problem)),\n',
+            '            everybody=cta.sync("everybody", self.warpgroups),\n',
             "            everybody=[None for _ in iter(int, 1)],\n",
         ),
         ("            stats=Statistics.declare(regs, rows),\n", "            stats=[None for _ in iter(int, 1)],\n"),

@@ -36,10 +36,11 @@ def test_the_switches_of_fa3() -> None:
         ("BLOCK_N", "int", None, ()),
         ("pack_gqa", "bool", False, ()),
         ("build", "str", "2025-01", ("2024-07", "2025-01")),
-        ("num_stages", "int", 2, ()),
-        ("warp_specialized", "bool", True, ()),
+        ("impl", "str", "published", ("published", "gluon", "triton")),
+        ("num_stages", "int", None, ()),
+        ("warp_specialized", "bool", None, ()),
         ("pingpong", "bool", None, ()),
-        ("intra_wg_overlap", "bool", True, ()),
+        ("intra_wg_overlap", "bool", None, ()),
         ("overlap_stages", "int", 2, ()),
         ("persistent", "bool", None, ()),
         ("P_in_shared", "bool", None, ()),
@@ -52,8 +53,8 @@ def test_the_switches_of_fa3() -> None:
 
 
 def test_the_switches_of_fa2() -> None:
-    names = ["BLOCK_M", "BLOCK_N", "pack_gqa", "bwd_BLOCK_M", "bwd_BLOCK_N", "bwd_stages", "deterministic"]
-    assert [s.name for s in FA2.switches()] == names
+    forward, backward = ["BLOCK_M", "BLOCK_N", "pack_gqa"], ["bwd_BLOCK_M", "bwd_BLOCK_N", "bwd_stages", "deterministic"]
+    assert [s.name for s in FA2.switches()] == [*forward, "impl", "mma", "num_warps", "num_stages", *backward]
     assert all(s.help for s in FA2.switches())
 
 
@@ -107,8 +108,8 @@ def test_an_unknown_switch_is_told_the_nearest() -> None:
 
 
 def test_a_switch_of_another_schedule_is_unknown() -> None:
-    (line,) = refused(FA2, {"num_stages": 2})
-    assert line.startswith("unknown switch of fa2 'num_stages'")
+    (line,) = refused(FA2, {"pingpong": True})
+    assert line.startswith("unknown switch of fa2 'pingpong'")
 
 
 def test_all_mistakes_come_at_once() -> None:
