@@ -15,6 +15,8 @@ from typing import Any, ClassVar
 from flashsim.problem import AttentionProblem, num_k_tiles
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
 from flashsim.schedules.fa1_backward import ROWS_AT_ONCE, FA1Backward, begins_alike, no_memory, parts_of, share
+from flashsim.schedules.fa1_triton import FA1Triton
+from flashsim.schedules.launch import PUBLISHED, launch_parameters
 from flashsim.schedules.tensors import Tensor
 from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Sync, Warpgroup
 
@@ -97,7 +99,11 @@ class FA1(Schedule):
     directions = ("fwd", "bwd", "fwd+bwd")
     dropout = True
     backward: ClassVar[type[FA1Backward]] = FA1Backward
+    triton: ClassVar[type[FA1Triton]] = FA1Triton
 
+    impl: str = switch(PUBLISHED, "whose kernel; triton: kernels/fa1.py, with its tiles", (PUBLISHED, "triton"))
+    mma: str = switch(None, "of impl=triton: instruction of the products", ("mma.sync", "wgmma"))
+    num_warps: int = switch(None, "of impl=triton: warps of a CTA")
     bwd_BLOCK_M: int = switch(None, "query rows of a tile of the backward pass")
     bwd_BLOCK_N: int = switch(None, "keys of a block in the backward pass")
     build: str = switch(
@@ -115,13 +121,18 @@ class FA1(Schedule):
         else:
             forward, backward = (code_tile(problem, backward, architecture) for backward in (False, True))
         names = ("BLOCK_M", "BLOCK_N", "bwd_BLOCK_M", "bwd_BLOCK_N")
-        return dict(zip(names, (*forward, *backward), strict=True))
+        published = dict(zip(names, (*forward, *backward), strict=True)) | {"mma": "mma.sync", "num_warps": WARPS}
+        if self.impl == PUBLISHED:
+            return published
+        row = launch_parameters(self.impl, "fa1_fwd", problem, architecture)
+        row["mma"] = "wgmma" if architecture == "hopper" else "mma.sync"  # type: ignore[assignment]
+        return published | {name: row[name] for name in ("BLOCK_M", "BLOCK_N", "mma", "num_warps")}
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
         lines = [
             f"{name} = {width}, the kernels end at 128"
             for name, width in (("head_dim", problem.head_dim), ("head_dim_v", problem.head_dim_v))
-            if width > 128
+            if width > 128 and self.impl == PUBLISHED
         ]
         for name, value, each in (
             ("BLOCK_M", self.BLOCK_M, 16),
@@ -131,7 +142,16 @@ class FA1(Schedule):
         ):
             if value % each:
                 lines.append(f"{name} = {value}, must be a multiple of {each}: whole MMAs for every warp")
+        if self.impl == "triton":
+            return lines + self.triton_kernel().complaints(problem)
+        if self.mma != "mma.sync" or self.num_warps != WARPS:
+            lines.append(
+                f"mma = {self.mma}, num_warps = {self.num_warps}: the published kernel has mma.sync and {WARPS}"
+            )
         return lines
+
+    def triton_kernel(self) -> FA1Triton:
+        return self.triton(self.BLOCK_M, self.BLOCK_N, self.num_warps // 4, self.mma)
 
     def padded(self, width: int) -> int:
         """Columns of the tiles: 16, 32, 64 or 128 in the code."""
@@ -140,6 +160,8 @@ class FA1(Schedule):
 
     def through(self, problem: AttentionProblem) -> str:
         """The tensor in which O_i goes through HBM; the code's is O itself where there is one block of keys."""
+        if self.impl == "triton":
+            return "O_tmp"
         return "O" if self.build == "paper" or num_k_tiles(problem, self.BLOCK_N) == 1 else "O_tmp"
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
@@ -162,7 +184,9 @@ class FA1(Schedule):
         algorithm 1 does always. Its last step writes O in place of O_tmp; here a kernel after it converts all of O_tmp.
         """
         through = self.through(problem)
-        prepared = self.build == "paper" or not begins_alike(problem, self.BLOCK_M, self.BLOCK_N)
+        prepared = (
+            self.build == "paper" or self.impl == "triton" or not begins_alike(problem, self.BLOCK_M, self.BLOCK_N)
+        )
         common: dict[str, Any] = {
             "BLOCK_N": self.BLOCK_N,
             "mma": "mma.sync",
@@ -175,17 +199,22 @@ class FA1(Schedule):
         before = Role("warps", partial(self.prepare, through=through), registers=self.query_rows)
         main = Role("warps", partial(self.program, prepared=prepared), WARPS, warps=1, registers=self.registers)
         after = Role("warps", self.convert_o, registers=self.query_rows)
+        loops = Kernel(
+            "fa1_fwd",
+            (main,),
+            self.shared,
+            Grid(over="keys", launch="head"),
+            self.BLOCK_M,
+            overhead_instructions=OTHER_INSTRUCTIONS,
+            **common,
+        )
+        if self.impl == "triton":
+            loops = self.triton_kernel().kernel(
+                problem, overhead_instructions=OTHER_INSTRUCTIONS, workspace=common["workspace"]
+            )
         kernels = [
             Kernel("fa1_fwd_prepare", (before,), no_memory, Grid(), **by_rows),
-            Kernel(
-                "fa1_fwd",
-                (main,),
-                self.shared,
-                Grid(over="keys", launch="head"),
-                self.BLOCK_M,
-                overhead_instructions=OTHER_INSTRUCTIONS,
-                **common,
-            ),
+            loops,
             Kernel("fa1_fwd_convert", (after,), no_memory, Grid(), **by_rows),
         ]
         return kernels[not prepared : 3 if through == "O_tmp" else 2]

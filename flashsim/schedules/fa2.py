@@ -77,7 +77,7 @@ class FA2(Schedule):
     triton: ClassVar[type[FA2Triton]] = FA2Triton
 
     impl: str = switch(PUBLISHED, "whose kernel; triton: kernels/fa2.py, with its tiles", (PUBLISHED, "triton"))
-    mma: str = switch(None, "instruction of the forward products", ("mma.sync", "wgmma"))
+    mma: str = switch(None, "instruction of the products", ("mma.sync", "wgmma"))
     num_warps: int = switch(None, "warps of a CTA of the forward pass")
     num_stages: int = switch(None, "of impl=triton: tiles of K and V under way at a time, one of them computed on")
     bwd_BLOCK_M: int = switch(None, "query rows of a tile of the backward pass")
@@ -89,7 +89,10 @@ class FA2(Schedule):
         head_dim = max(problem.head_dim, problem.head_dim_v)
         backward = dict(zip(BACKWARD_TILE, backward_tile_size(head_dim, architecture), strict=True))
         if self.impl == "triton":
-            forward = launch_parameters(self.impl, "fa2_fwd", problem, architecture)
+            forward, row = (
+                launch_parameters(self.impl, name, problem, architecture) for name in ("fa2_fwd", "fa2_bwd")
+            )
+            backward = dict(zip(BACKWARD_TILE, (row["BLOCK_M"], row["BLOCK_N"], 2), strict=True))
             return {"mma": "wgmma" if architecture == "hopper" else "mma.sync", **forward, **backward}
         rows, keys = tile_size(head_dim, problem.mask_rule.kind != "full", problem.dropout > 0, architecture)
         rows, keys = self.BLOCK_M or rows, self.BLOCK_N or keys
@@ -118,6 +121,8 @@ class FA2(Schedule):
             lines.append(f"bwd_stages = {self.bwd_stages}, allowed are 1 and 2")
         if self.impl == "triton":
             lines += self.triton_kernel().complaints(problem)
+            if self.deterministic and "bwd" in problem.passes:
+                lines.append("deterministic with impl = triton is a kernel of its own for dQ, which is not simulated")
         elif self.num_stages != 1:
             lines.append(f"num_stages = {self.num_stages}, the published kernel has one buffer of K and one of V")
         return lines
@@ -149,8 +154,8 @@ class FA2(Schedule):
             head_dim_v=dv,
             overhead_instructions=OTHER_INSTRUCTIONS,
         )
-        d, dv = (self.padded(width) for width in (problem.head_dim, problem.head_dim_v))
-        backward = self.backward(self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.bwd_stages, self.deterministic, d, dv)
+        tile = self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.bwd_stages
+        backward = self.backward(*tile, self.deterministic, d, dv, "wgmma" if self.mma == "wgmma" else "mma.sync")
         launches = {"fwd": (forward,), "bwd": backward.kernels(problem)}
         return tuple(kernel for name in problem.passes for kernel in launches[name])
 

@@ -9,7 +9,7 @@ after converts it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel, Role
@@ -92,13 +92,14 @@ class FA2Backward:
     deterministic: bool
     head_dim: int
     head_dim_v: int
+    mma: Literal["mma.sync", "wgmma"]
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
         grouped = problem.heads_per_kv > 1
         common: dict[str, Any] = {
             "BLOCK_M": self.BLOCK_M,
             "BLOCK_N": self.BLOCK_N,
-            "mma": "mma.sync",
+            "mma": self.mma,
             "copy": "cp.async",
             "head_dim": self.head_dim,
             "head_dim_v": self.head_dim_v,

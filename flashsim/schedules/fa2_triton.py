@@ -93,7 +93,6 @@ class FA2Triton:
                 for j in range(tile.first, min(tile.first + ahead, tile.last + 1)):
                     kv[j] = self.load(wg, s, tile, j)
                 yield q
-            pv = None
             for j in wg.kv_tiles(tile):  # 6
                 K, V = s.K[j % self.buffers], s.V[j % self.buffers]
                 if not ahead:
@@ -102,10 +101,7 @@ class FA2Triton:
                 yield k  # 7
                 yield v
                 yield s.everybody.wait()  # everyone's part of K_j and V_j is there
-                qk = wg.gemm(s.Q.rows(*mine), K.T, into=r.S)  # 8: S = Q K_j^T
-                if pv:
-                    yield pv
-                yield qk
+                yield wg.gemm(s.Q.rows(*mine), K.T, into=r.S)  # 8: S = Q K_j^T, and the PV before it: they end in order
                 online_softmax(wg, r.S, r.stats, tile, j, masked=tile.partial(j))  # 9
                 rescale(wg, r.O, r.stats)
                 wg.convert(r.S, into=r.P)
@@ -115,9 +111,8 @@ class FA2Triton:
                 yield s.everybody.wait()  # nobody reads the tiles any more that the loads overwrite
                 if ahead and j + ahead <= tile.last:
                     kv[j + ahead] = self.load(wg, s, tile, j + ahead)
-            if pv:
+            if tile.count:
                 yield pv
-                yield s.everybody.wait()
             finish(wg, r.O, r.stats)  # 12, 13
             wg.store(r.O, into=tile.O.rows(*mine))  # 14
             wg.store(r.stats.l, into=tile.LSE.rows(*mine))  # 15

@@ -146,7 +146,7 @@ class FA3Backward:
         d, M, N = self.width, self.BLOCK_M, self.BLOCK_N
         tile: dict[str, Any] = {"BLOCK_M": M, "BLOCK_N": N, "mma": "wgmma", "head_dim": d, "head_dim_v": d}
         kernel: Callable[..., Kernel] = partial(Kernel, workspace=WORKSPACE | (SUMS if grouped else {}), **tile)
-        other = FA2Backward(M, N, 2, False, d, d)
+        other = FA2Backward(M, N, 2, False, d, d, "mma.sync")
 
         def simple(name: str, program: Callable[..., Program], grid: Grid) -> Kernel:
             registers = other.query_rows if grid.over == "queries" else self.sum_registers

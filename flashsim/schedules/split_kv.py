@@ -12,6 +12,7 @@ from typing import Any
 
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
+from flashsim.schedules.launch import PUBLISHED, launch_parameters, power_of_two
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.tensors import Tensor
 from flashsim.schedules.verbs import CTA, Awaitable, Operand, Program, Registers, Sync, Warpgroup, WorkTile
@@ -88,13 +89,19 @@ class SplitKV(Schedule):
     title = "split-KV decoding: FlashAttention-2's loop over a part of the keys, and a kernel that combines the parts"
     source = "pytorch.org/blog/flash-decoding; Dao-AILab/flash-attention csrc/flash_attn/src/flash_fwd_kernel.h"
 
+    impl: str = switch(PUBLISHED, "whose kernels, with their tiles; triton: kernels/split_kv.py", (PUBLISHED, "triton"))
+    mma: str = switch(None, "instruction of the products", ("mma.sync", "wgmma"))
     num_splits: int = switch(None, "parts of the keys")
     kv_dtype: str = switch("problem", "what K and V are kept in; the arithmetic is 16 bits", ("problem", "fp8"))
     layers: int = switch(1, "launches, one after the other, that read the same K and V")
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         d = max(problem.head_dim, problem.head_dim_v)
-        return {"BLOCK_M": 64, "BLOCK_N": 256 if d <= 64 else 128 if d <= 128 else 64}
+        if self.impl == "triton":
+            row = launch_parameters(self.impl, "split_kv_fwd", problem, architecture)
+            mma = "wgmma" if architecture == "hopper" else "mma.sync"
+            return {"BLOCK_M": row["BLOCK_M"], "BLOCK_N": row["BLOCK_N"], "mma": mma}
+        return {"mma": "mma.sync", "BLOCK_M": 64, "BLOCK_N": 256 if d <= 64 else 128 if d <= 128 else 64}
 
     def by_sms(self, problem: AttentionProblem, sms: int) -> dict[str, Any]:
         group = problem.heads_per_kv if self.pack_gqa else 1
@@ -112,17 +119,20 @@ class SplitKV(Schedule):
             lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are the multiples of 16 from 16 to 256 (k of one mma)")
         if self.num_splits is not None and self.num_splits > self.kv_tiles(problem):
             lines.append(f"num_splits = {self.num_splits}, there are {self.kv_tiles(problem)} KV tiles to split")
+        if self.impl == "triton" and self.kv_dtype != "problem":
+            lines.append("impl = triton has K and V in the problem's dtype")
         if self.layers > 64:
             lines.append(f"layers = {self.layers}, allowed are 1 to 64")
         return lines
 
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
+        width = power_of_two if self.impl == "triton" else padded
         common: dict[str, Any] = {
-            "mma": "mma.sync",
+            "mma": "wgmma" if self.mma == "wgmma" else "mma.sync",
             "copy": "cp.async",
             "BLOCK_N": self.BLOCK_N,
-            "head_dim": padded(problem.head_dim),
-            "head_dim_v": padded(problem.head_dim_v),
+            "head_dim": width(problem.head_dim),
+            "head_dim_v": width(problem.head_dim_v),
         }
         if self.num_splits > 1:
             common["workspace"] = PARTS

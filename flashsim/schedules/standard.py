@@ -7,11 +7,12 @@ one for dropout, O = P V. Keys and values that query heads share are repeated fo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Kernel, Schedule, switch
+from flashsim.schedules.launch import PUBLISHED, launch_parameters
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, start
 from flashsim.schedules.standard_backward import StandardBackward
 from flashsim.schedules.standard_passes import OF_SCORES, Passes, Piece, kernel
@@ -33,13 +34,22 @@ class Standard(Schedule):
     passes: ClassVar[type[Passes]] = Passes
     backward: ClassVar[type[StandardBackward]] = StandardBackward
 
+    impl: str = switch(
+        PUBLISHED, "whose kernels; triton: the three of kernels/standard.py, with their tiles", (PUBLISHED, "triton")
+    )
     mma: str = switch(None, "instruction of the products", ("mma.sync", "wgmma"))
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
-        return {"BLOCK_M": 128, "BLOCK_N": 128, "mma": "wgmma" if architecture == "hopper" else "mma.sync"}
+        tile = {"BLOCK_M": 128, "BLOCK_N": 128}
+        if self.impl == "triton":
+            row = launch_parameters(self.impl, "standard_scores", problem, architecture)
+            tile = {name: row[name] for name in tile}
+        return {**tile, "mma": "wgmma" if architecture == "hopper" else "mma.sync"}
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
-        return [
+        ours = self.impl != PUBLISHED and (problem.dropout or "bwd" in problem.passes)
+        lines = ["impl = triton is a forward pass without dropout; gradients come from fa2"] if ours else []
+        return lines + [
             f"{name} = {value}, allowed are 64 and 128: rows and columns of a product's tile"
             for name, value in (("BLOCK_M", self.BLOCK_M), ("BLOCK_N", self.BLOCK_N))
             if value not in (64, 128)
@@ -54,6 +64,10 @@ class Standard(Schedule):
         """A mask that is the same for all heads and batch entries is added to the scores, which gives another matrix;
         one that is not is filled in where they are."""
         d, dv, grouped, masked = p.head_dim, p.head_dim_v, p.heads_per_kv > 1, p.mask_rule.kind != "full"
+        if self.impl == "triton":  # inputs are read where they are, and masked when S is written
+            S = make.scores("scores", "Q", "K", "S", d, scaled=True, masked=masked)
+            kernels = [S, Softmax().kernel(p), make.by_queries("output", "P", "V", "O", dv)]
+            return tuple(replace(kernel, library=False) for kernel in kernels)
         scores = "work" if masked and not p.mask_rule.by_batch else "S"
         kernels = [
             make.over_rows("permute_Q", "Q", "Q_heads", "queries", d),

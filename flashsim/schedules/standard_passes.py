@@ -6,7 +6,7 @@ and of PyTorch's autograd for it. A matrix of scores has a row for each query an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from flashsim.problem import AttentionProblem
@@ -60,11 +60,14 @@ class Passes:
     BLOCK_N: int
     mma: Literal["mma.sync", "wgmma"]
 
-    def scores(self, name: str, left: str, right: str, into: str, width: int, scaled: bool = False) -> Kernel:
+    def scores(
+        self, name: str, left: str, right: str, into: str, width: int, scaled: bool = False, masked: bool = False
+    ) -> Kernel:
         """into = left right^T: a row of `left` for each query and one of `right` for each key. `scaled`: multiplied by
-        the softmax scale, alpha of a library's product."""
+        the softmax scale, alpha of a library's product. `masked`: what the mask hides becomes -inf."""
         M, N = rows_at_once(self.BLOCK_M, width), self.BLOCK_N
-        return self._product(name, Scores(left, right, into, (M, width), (N, width), (M, N), scaled), M, N, width)
+        step = Scores(left, right, into, (M, width), (N, width), (M, N), scaled, masked)
+        return replace(self._product(name, step, M, N, width), masks=masked)
 
     def by_queries(self, name: str, left: str, right: str, into: str, width: int) -> Kernel:
         """into = left right, of scores and a row for each key."""
@@ -156,6 +159,7 @@ class Product:
 @dataclass(frozen=True)
 class Scores(Product):
     scaled: bool
+    masked: bool
 
     def program(self, wg: Warpgroup, s: Operands, r: Accumulator) -> Program:
         for tile in wg.tiles():
@@ -165,6 +169,8 @@ class Scores(Product):
                 yield wg.gemm(s.left, s.right.T, into=r.sum)
                 if self.scaled:
                     wg.map("scale", r.sum, into=r.sum)
+                if self.masked and tile.partial(j):
+                    wg.map("mask", r.sum, tile, j, into=r.sum)
                 wg.convert(r.sum, into=r.rounded)
                 wg.store(r.rounded, into=getattr(tile, self.into)(j))
 

@@ -17,9 +17,7 @@ PROBLEM = AttentionProblem(batch=1, heads_q=1, seqlen_q=64, head_dim=16)
 BEFORE = "                yield q\n"
 
 
-DEFAULTS = (
-    '        return {"BLOCK_M": rows, "BLOCK_N": keys, "mma": "mma.sync", "num_warps": warps, "num_stages": 1, **backward}\n'
-)
+DEFAULTS = '        return {"BLOCK_M": rows, "BLOCK_N": keys, "mma": "mma.sync", "num_warps": warps, "num_stages": 1, **backward}\n'
 """The line of fa2 with the published kernel's defaults."""
 
 
@@ -110,9 +108,7 @@ def test_a_loop_that_reaches_no_verb(body: str, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_barrier_at_which_nobody_arrives(tmp_path: Path) -> None:
-    path = edited(
-        tmp_path, '"everybody", self.warpgroups', '"everybody", self.warpgroups + 1'
-    )
+    path = edited(tmp_path, '"everybody", self.warpgroups', '"everybody", self.warpgroups + 1')
     found = message_of(path, kind=Deadlock)
     assert "warps waits for phase 0 of everybody (0 completed, 1 of 2 arrived)" in found
     assert f"at {line_in(path, '# everyone')}" in found

@@ -113,12 +113,43 @@ def test_every_row_of_fa2_can_be_simulated() -> None:
     assert tried >= len(rows) - sum(row.get("arch") == "blackwell" for row in rows)
 
 
+@pytest.mark.parametrize("gpu", ["a100-sxm4-80gb", "l4", "h100-sxm5"])
+@pytest.mark.parametrize("mask", ["full", "causal", "window:40,10"])
+@pytest.mark.parametrize("schedule", ["standard", "fa1", "fa2", "split_kv"])
+def test_kernels_of_triton_are_exact(schedule: str, mask: str, gpu: str) -> None:
+    p = problem(seqlen=150, seqlen_k=200, mask=mask, head_dim_v=40)
+    found = simulate(p, schedule, gpu, options={"impl": "triton"}, functional=True).functional
+    assert found is not None
+    assert found.accepted
+    assert found.max_abs_error < 1e-14
+
+
+@pytest.mark.parametrize("gpu", ["a100-sxm4-80gb", "h100-sxm5"])
+def test_gradients_of_triton_are_exact(gpu: str) -> None:
+    found = simulate(
+        problem(150, mask="causal", direction="bwd"), "fa2", gpu, options={"impl": "triton"}, functional=True
+    ).functional
+    assert found is not None
+    assert found.accepted
+    assert found.gradient_max_abs_error is not None
+    assert max(found.gradient_max_abs_error.values()) < 1e-13
+
+
+def test_standard_attention_of_triton_has_three_kernels() -> None:
+    result = simulate(problem(mask="causal"), "standard", options={"impl": "triton"})
+    assert [kernel.name for kernel in result.kernels] == ["standard_scores", "standard_softmax", "standard_output"]
+
+
 @pytest.mark.parametrize(
     ("schedule", "options", "line"),
     [
         ("fa2", {"impl": "gluon"}, "switch impl of fa2: unknown value 'gluon'"),
         ("fa2", {"impl": "triton", "BLOCK_N": 48}, "BLOCK_N = 48, must be a power of two"),
         ("fa2", {"impl": "triton", "num_stages": 9}, "num_stages = 9, allowed are 1 to 8"),
+        ("fa1", {"num_warps": 8}, "mma = mma.sync, num_warps = 8: the published kernel has mma.sync and 4"),
+        ("fa1", {"impl": "triton", "BLOCK_M": 48}, "BLOCK_M = 48, must be a power of two"),
+        ("fa1", {"impl": "triton", "num_warps": 16}, "must give each of 16 warps 16 rows"),
+        ("split_kv", {"impl": "triton", "kv_dtype": "fp8"}, "impl = triton has K and V in the problem's dtype"),
         ("fa2", {"num_stages": 2}, "the published kernel has one buffer of K and one of V"),
         ("fa2", {"num_warps": 8, "BLOCK_M": 64}, "num_warps = 8, allowed are 4, 8 and 16, each with"),
     ],
@@ -129,6 +160,14 @@ def test_what_impl_cannot_be(schedule: str, options: dict[str, Any], line: str) 
     assert any(line in found for found in error.value.problems)
 
 
-def test_gradients_are_not_those_of_gluon() -> None:
+@pytest.mark.parametrize(
+    ("schedule", "impl"), [("fa3", "gluon"), ("fa3", "triton"), ("fa1", "triton"), ("standard", "triton")]
+)
+def test_their_gradients_come_from_fa2(schedule: str, impl: str) -> None:
     with pytest.raises(InputError, match="gradients come from fa2"):
-        simulate(problem(direction="bwd"), "fa3", options={"impl": "gluon"})
+        simulate(problem(direction="bwd"), schedule, options={"impl": impl})
+
+
+def test_a_deterministic_dq_of_triton_is_not_simulated() -> None:
+    with pytest.raises(InputError, match="a kernel of its own for dQ"):
+        simulate(problem(direction="bwd"), "fa2", options={"impl": "triton", "deterministic": True})

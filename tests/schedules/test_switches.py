@@ -53,7 +53,10 @@ def test_the_switches_of_fa3() -> None:
 
 
 def test_the_switches_of_fa2() -> None:
-    forward, backward = ["BLOCK_M", "BLOCK_N", "pack_gqa"], ["bwd_BLOCK_M", "bwd_BLOCK_N", "bwd_stages", "deterministic"]
+    forward, backward = (
+        ["BLOCK_M", "BLOCK_N", "pack_gqa"],
+        ["bwd_BLOCK_M", "bwd_BLOCK_N", "bwd_stages", "deterministic"],
+    )
     assert [s.name for s in FA2.switches()] == [*forward, "impl", "mma", "num_warps", "num_stages", *backward]
     assert all(s.help for s in FA2.switches())
 
