@@ -37,6 +37,7 @@ TILES = {
     "bwd_BLOCK_N": (64, 80, 128),
 }
 """Tried, from the smallest; what the schedule refuses is left out."""
+IMPL = "impl"
 ROUND, FAR_APART = 10, 2**32
 """Hypothesis draws ten examples, and from then on five variations of each: in rounds of ten, all are different."""
 FEW, MANY = 4, 16
@@ -62,18 +63,29 @@ def dtypes_of(schedule: type[Schedule]) -> tuple[str, ...]:
     return (schedule.dtypes[0], "fp8") if "fp8" in schedule.dtypes[1:] else schedule.dtypes[:1]
 
 
-def values_of(schedule: type[Schedule], architecture: str, dtype: str) -> dict[str, tuple[Any, ...]]:
-    """For each switch, the values that the schedule accepts with all others left alone."""
-    return _values_of(schedule, architecture, dtype)  # type: ignore[arg-type]
+def impls_of(schedule: type[Schedule], architecture: str, dtype: str) -> tuple[str | None, ...]:
+    """Whose kernels the schedule can be there; (None,) for one that has no such switch."""
+    return _values_of(schedule, architecture, dtype, None).get(IMPL) or (None,)  # type: ignore[arg-type]
+
+
+def values_of(
+    schedule: type[Schedule], architecture: str, dtype: str, impl: str | None = None
+) -> dict[str, tuple[Any, ...]]:
+    """For each switch, the values that the schedule accepts with all others left alone, but for `impl`."""
+    return _values_of(schedule, architecture, dtype, impl)  # type: ignore[arg-type]
 
 
 @cache
-def _values_of(schedule: type[Schedule], architecture: str, dtype: str) -> dict[str, tuple[Any, ...]]:
+def _values_of(schedule: type[Schedule], architecture: str, dtype: str, impl: str | None) -> dict[str, tuple[Any, ...]]:
     plain = AttentionProblem(**PLAIN, dtype=dtype, mask=schedule.masks[0])  # type: ignore[arg-type]
-    accepted = {}
+    whose, accepted = {IMPL: impl} if impl else {}, {}
     for switch in schedule.switches():
+        if whose and switch.name == IMPL:
+            continue
         possible = _candidates(switch)
-        found = tuple(value for value in possible if _accepts(schedule, plain, architecture, {switch.name: value}))
+        found = tuple(
+            value for value in possible if _accepts(schedule, plain, architecture, {**whose, switch.name: value})
+        )
         accepted[switch.name] = _few(switch, found)
     return accepted
 
@@ -168,8 +180,10 @@ def _examples(draw: st.DrawFn, schedule: type[Schedule]) -> Example:
 @st.composite
 def _options(draw: st.DrawFn, schedule: type[Schedule], architecture: str, dtype: str, tile: bool) -> dict[str, Any]:
     """Values for the tile, if it is not to be the schedule's own, and for some of the other switches."""
-    options = {}
-    for name, values in values_of(schedule, architecture, dtype).items():
+    # Other kernels of the same algorithm have other switches, so this one is drawn before the rest.
+    impl = draw(st.sampled_from(impls_of(schedule, architecture, dtype)))
+    options: dict[str, Any] = {} if impl is None else {IMPL: impl}
+    for name, values in values_of(schedule, architecture, dtype, impl).items():
         if not values:
             continue
         # A tile is drawn in any case: Hypothesis makes an example smaller draw by draw.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from flashsim.check.draw import NothingAccepted, architectures_of, dtypes_of, for_examples, values_of
+from flashsim.check.draw import NothingAccepted, architectures_of, dtypes_of, for_examples, impls_of, values_of
 from flashsim.check.example import Example, Latencies
 from flashsim.check.timeline import timeline
 from flashsim.errors import InputError, SimulationError
@@ -86,7 +86,8 @@ def check(
     kind = load_schedule(schedule)
     for architecture in architectures_of(kind):
         for dtype in dtypes_of(kind):
-            values_of(kind, architecture, dtype)  # what does not end there ends the check
+            for impl in impls_of(kind, architecture, dtype):
+                values_of(kind, architecture, dtype, impl)  # what does not end there ends the check
     search = _Search(progress)
     try:
         for_examples(kind, examples, seed, search.run)

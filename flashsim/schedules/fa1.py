@@ -142,6 +142,8 @@ class FA1(Schedule):
         ):
             if value % each:
                 lines.append(f"{name} = {value}, must be a multiple of {each}: whole MMAs for every warp")
+        if self.num_warps not in (4, 8, 16):
+            return [*lines, f"num_warps = {self.num_warps}, allowed are 4, 8 and 16"]
         if self.impl == "triton":
             return lines + self.triton_kernel().complaints(problem)
         if self.mma != "mma.sync" or self.num_warps != WARPS:

@@ -27,6 +27,7 @@ from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Ring, Syn
 
 OUR_KERNELS = {"gluon": "fa3_fwd", "triton": "fa3_triton_fwd"}
 """What the launch tables call them."""
+NOT_IN_TRITON = ("P_in_shared", "pingpong", "persistent")
 L2_SECTION_BYTE = 32 << 20
 """K and V of the heads that the longest-first order works on at a time (hopper/tile_scheduler.hpp: 32 MiB of L2)."""
 
@@ -105,27 +106,27 @@ class FA3(Schedule):
 
     def defaults(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         d, masked = max(self._widths(problem)), problem.mask_rule.kind != "full"
-        overlap, specialized = self.intra_wg_overlap is not False, self.warp_specialized is not False
+        launched = {"warp_specialized": True, "intra_wg_overlap": True} | self._launched(problem, architecture)
+        known = launched | {name: given for name, given in self.options().items() if given is not None}
+        overlap, specialized = known["intra_wg_overlap"], known["warp_specialized"]
         rows, keys, in_shared = tile_size(d, masked, self.build)
         if self.overlap_stages == 3:
             keys, in_shared = keys_of_three_stages(rows, d), False
         if problem.dtype == "fp8":
             (rows, keys), in_shared = fp8_tile_size(max(self._widths(problem))), False
-        consumers = (self.BLOCK_M or rows) // 64
+        consumers = known.get("BLOCK_M", rows) // 64
         backward_rows, backward_keys = backward_tile_size(d, masked)
         published = {
             "BLOCK_M": rows,
             "BLOCK_N": keys,
             "num_stages": 2,
-            "warp_specialized": True,
-            "intra_wg_overlap": True,
             "P_in_shared": in_shared,
             "pingpong": (consumers >= 2 and d <= 128) if overlap else (consumers == 2 and specialized),
             "persistent": specialized,
             "bwd_BLOCK_M": backward_rows,
             "bwd_BLOCK_N": backward_keys,
         }
-        return published | self._launched(problem, architecture)
+        return published | launched
 
     def _launched(self, problem: AttentionProblem, architecture: str) -> dict[str, Any]:
         """What the launch table of our own kernel says of the switches."""
@@ -134,7 +135,8 @@ class FA3(Schedule):
         row = launch_parameters(self.impl, OUR_KERNELS[self.impl], problem, architecture)
         kinds = {switch.name: switch.type_name for switch in self.switches()}
         given = {name: bool(n) if kinds[name] == "bool" else n for name, n in row.items() if name in kinds}
-        return {"P_in_shared": False} | given
+        alike = {"P_in_shared": False} if self.impl == "gluon" else dict.fromkeys(NOT_IN_TRITON, False)
+        return alike | given
 
     def complaints(self, problem: AttentionProblem) -> list[str]:
         lines = []
