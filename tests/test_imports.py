@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 FLASHSIM = ROOT / "flashsim"
 
 LAYERS = (
-    ("units", "errors", "watchdog"),
+    ("units", "errors", "watchdog", "paired"),
     ("masks", "problem", "packing"),
     ("result", "devices"),
     ("schedules", "numerics", "engine"),
@@ -30,7 +30,13 @@ LAYERS = (
 )
 """What may be imported comes first. `masks` is the part of `problem` that needs a file of its own."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-INSIDE_ONE_LAYER = {("problem", "masks"), ("packing", "masks"), ("packing", "problem"), ("__main__", "__init__")}
+INSIDE_ONE_LAYER = {
+    ("paired", "errors"),
+    ("problem", "masks"),
+    ("packing", "masks"),
+    ("packing", "problem"),
+    ("__main__", "__init__"),
+}
 ONLY_IN = {"simpy": {"engine"}, "torch": {"gpu"}, "triton": {"gpu"}}
 FILES = sorted(FLASHSIM.rglob("*.py"))
 

@@ -185,7 +185,7 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
 """By file of a built-in schedule: (function, statement, change)."""
 
 
-PARTS = ("passes", "backward", "fp8", "three_stages", "triton")
+PARTS = ("passes", "backward", "fp8", "three_stages", "triton", "backward_triton")
 """Attributes of a schedule that are classes with kernels of their own."""
 
 

@@ -236,14 +236,15 @@ def simulate(
 
 def _with_costs(case: Case, path: str) -> DeviceSpec:
     """The case's GPU with the instruction counts of a compiled kernel. Raises InputError if it is not the case's."""
-    from flashsim.io.costs import read_costs
+    from flashsim.io.costs import fitting, read_costs
     from flashsim.simulate import configured
 
-    compiled = read_costs(path)
+    costs = read_costs(path)
     options = configured(case.schedule, case.problem, case.gpu, case.options).options()
-    if wrong := compiled.misfits(case.schedule.name(), options, case.problem):
-        raise InputError([f"--costs {path}: {line}" for line in wrong])
-    return compiled.applied(case.gpu)
+    try:
+        return fitting(costs, case.schedule.name(), options, case.problem).applied(case.gpu)
+    except InputError as error:
+        raise InputError([f"--costs {path}: {line}" for line in error.problems]) from None
 
 
 @app.command()

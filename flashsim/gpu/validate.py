@@ -24,7 +24,8 @@ from flashsim.gpu.timeline import PROBLEM, of_proton, simulated
 from flashsim.gpu.timing import Times
 from flashsim.gpu.validation import Exactness, Prediction, Request, Validation, fields, words
 from flashsim.gpu.variants import VARIANTS, chosen, problems
-from flashsim.gpu.worker import WorkerDied, reports, require_torch_and_triton, use_kernels
+from flashsim.gpu.worker import WorkerDied, reports, require_torch_and_triton
+from flashsim.paired import use_kernels
 from flashsim.problem import AttentionProblem
 from flashsim.schedules import schedule_names
 from flashsim.simulate import simulate

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from flashsim.errors import FlashsimError, InputError
+from flashsim.paired import use_kernels
 
 PATIENCE_S = 180.0
 """Without a word from a process for so long, it is ended: a barrier that nobody arrives at keeps a GPU for ever."""
@@ -39,28 +40,6 @@ def require_torch_and_triton(what: str) -> None:
     missing = [name for name in ("torch", "triton") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"{what} needs {' and '.join(missing)}: pip install 'flashsim[kernels]'")
-
-
-def use_kernels() -> None:
-    """Make `flashsim_kernels` that of the tree which this `flashsim` is of; in a source tree it lies in `kernels/`.
-
-    Raises InputError where there is none.
-    """
-    folder = _ROOT / "kernels"
-    if "flashsim_kernels" in sys.modules:
-        return
-    if not (folder / "__init__.py").is_file():
-        if importlib.util.find_spec("flashsim_kernels") is None:
-            raise InputError("flashsim_kernels: is not installed (it comes with flashsim)")
-        return
-    spec = importlib.util.spec_from_file_location(
-        "flashsim_kernels", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["flashsim_kernels"] = module
-    spec.loader.exec_module(module)
 
 
 def reports(

@@ -1,30 +1,27 @@
-"""Instruction counts of a compiled kernel: `flashsim audit --as-costs FILE` writes them, `simulate --costs FILE` reads.
+"""Instruction counts of compiled kernels: `flashsim audit --as-costs FILE` writes them, `simulate --costs FILE` reads.
 
-schedule = "fa2"
-target = "sm_90"
-dtype = "fp16"
-head_dim = 128
-head_dim_v = 128
-options = { impl = "triton", BLOCK_M = 128, BLOCK_N = 64 }
-[counts]                    # of each warp, for one KV tile, in the compiled inner loop
-exp = 34                    # ... fma, alu, pack (conversions), issue (all)
-[charged]                   # what a simulation charges for the same
-exp = 34
+A JSON object whose `costs` are a list, one for each inner loop that a simulation has too:
+
+    {"schedule": "fa2", "target": "sm_90", "dtype": "fp16", "head_dim": 128, "head_dim_v": 128,
+     "options": {"impl": "triton", "BLOCK_M": 128, "BLOCK_N": 64},
+     "counts": {"exp": 34, "fma": 132, "alu": 70, "pack": 16, "issue": 310},
+     "charged": {"exp": 34, "fma": 132, "alu": 32, "pack": 16, "issue": 274}}
+
+`counts` are instructions of each warp that computes, for one KV tile; `charged` is what a simulation charges for it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flashsim.devices import DeviceSpec
 from flashsim.errors import InputError
-from flashsim.io.fields import complaints, read_toml
+from flashsim.io.fields import complaints, read_text
 from flashsim.problem import AttentionProblem
 
 KINDS = ("exp", "fma", "alu", "pack", "issue")
@@ -32,7 +29,7 @@ _Counts = dict[str, Annotated[float, Field(ge=0)]]
 
 
 class CompiledCosts(BaseModel):
-    """The file."""
+    """Of one inner loop."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -44,16 +41,6 @@ class CompiledCosts(BaseModel):
     options: dict[str, str | int | bool]
     counts: _Counts
     charged: _Counts
-
-    def text(self) -> str:
-        """As TOML."""
-        table = self.model_dump()
-        lines = [f"{key} = {_toml(table[key])}" for key in ("schedule", "target", "dtype", "head_dim", "head_dim_v")]
-        options = ", ".join(f"{key} = {_toml(value)}" for key, value in self.options.items())
-        lines.append(f"options = {{ {options} }}")
-        for part in ("counts", "charged"):
-            lines += [f"[{part}]", *(f"{kind} = {table[part][kind]:.10g}" for kind in KINDS)]
-        return "\n".join(lines) + "\n"
 
     def misfits(self, schedule: str, options: Mapping[str, Any], problem: AttentionProblem) -> list[str]:
         """Where a case is not the kernel that was compiled, one line each."""
@@ -91,23 +78,40 @@ class CompiledCosts(BaseModel):
         )
 
 
-def _toml(value: object) -> str:
-    """A text, whole number or truth value; JSON writes these as TOML does."""
-    return json.dumps(value, ensure_ascii=False)
+class _File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    costs: list[CompiledCosts]
 
 
-def read_costs(path: str) -> CompiledCosts:
+def read_costs(path: str) -> list[CompiledCosts]:
     """Raises InputError with one line per mistake."""
-    table = read_toml(Path(path))
     try:
-        costs = CompiledCosts.model_validate(table)
+        table = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: is no JSON: {error}") from None
+    try:
+        costs = _File.model_validate(table).costs
     except ValidationError as error:
         raise InputError([f"{path}: {line}" for line in complaints(error, str, CompiledCosts.model_fields)]) from None
     problems = [
-        f"{path}: {part}: must have {', '.join(KINDS)}, has {', '.join(found) or 'nothing'}"
-        for part, found in (("counts", costs.counts), ("charged", costs.charged))
+        f"{path}: costs.{number}.{part}: must have {', '.join(KINDS)}, has {', '.join(found) or 'nothing'}"
+        for number, one in enumerate(costs)
+        for part, found in (("counts", one.counts), ("charged", one.charged))
         if set(found) != set(KINDS)
     ]
     if problems:
         raise InputError(problems)
     return costs
+
+
+def fitting(
+    costs: Sequence[CompiledCosts], schedule: str, options: Mapping[str, Any], problem: AttentionProblem
+) -> CompiledCosts:
+    """The counts of this case. Raises InputError, with what the nearest ones are of, where there are none."""
+    if not costs:
+        raise InputError("there are no counts in it")
+    nearest = min(costs, key=lambda one: len(one.misfits(schedule, options, problem)))
+    if wrong := nearest.misfits(schedule, options, problem):
+        raise InputError(wrong)
+    return nearest

@@ -153,7 +153,8 @@ class FA1(Schedule):
         return lines
 
     def triton_kernel(self) -> FA1Triton:
-        return self.triton(self.BLOCK_M, self.BLOCK_N, self.num_warps // 4, self.mma)
+        # Warps beyond one for each 16 rows share columns, and are simulated as part of one warpgroup.
+        return self.triton(self.BLOCK_M, self.BLOCK_N, min(self.num_warps // 4, max(1, self.BLOCK_M // 64)), self.mma)
 
     def padded(self, width: int) -> int:
         """Columns of the tiles: 16, 32, 64 or 128 in the code."""

@@ -58,7 +58,7 @@ class FA1Triton:
             if value & (value - 1):
                 lines.append(f"{name} = {value}, must be a power of two, as all tiles of Triton are")
         if self.BLOCK_M % (64 * self.warpgroups):
-            lines.append(f"BLOCK_M = {self.BLOCK_M}, must give each of {4 * self.warpgroups} warps 16 rows")
+            lines.append(f"BLOCK_M = {self.BLOCK_M}, must be a multiple of 64: 16 rows for each of 4 warps")
         return lines
 
     def kernel(self, problem: AttentionProblem, **common: Any) -> Kernel:

@@ -14,8 +14,9 @@ from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel, Role, Schedule, switch
 from flashsim.schedules.fa2_backward import FA2Backward
 from flashsim.schedules.fa2_backward import tile_size as backward_tile_size
+from flashsim.schedules.fa2_backward_triton import FA2BackwardTriton
 from flashsim.schedules.fa2_triton import FA2Triton
-from flashsim.schedules.launch import PUBLISHED, launch_parameters
+from flashsim.schedules.launch import PUBLISHED, launch_parameters, power_of_two
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.verbs import CTA, Operand, Program, Registers, Sync, Warpgroup
 
@@ -75,6 +76,7 @@ class FA2(Schedule):
     dropout = True
     backward: ClassVar[type[FA2Backward]] = FA2Backward
     triton: ClassVar[type[FA2Triton]] = FA2Triton
+    backward_triton: ClassVar[type[FA2BackwardTriton]] = FA2BackwardTriton
 
     impl: str = switch(PUBLISHED, "whose kernel; triton: kernels/fa2.py, with its tiles", (PUBLISHED, "triton"))
     mma: str = switch(None, "instruction of the products", ("mma.sync", "wgmma"))
@@ -89,16 +91,15 @@ class FA2(Schedule):
         head_dim = max(problem.head_dim, problem.head_dim_v)
         backward = dict(zip(BACKWARD_TILE, backward_tile_size(head_dim, architecture), strict=True))
         if self.impl == "triton":
-            forward, row = (
-                launch_parameters(self.impl, name, problem, architecture) for name in ("fa2_fwd", "fa2_bwd")
-            )
-            backward = dict(zip(BACKWARD_TILE, (row["BLOCK_M"], row["BLOCK_N"], 2), strict=True))
+            main = "fa2_bwd_dkdv" if self.deterministic else "fa2_bwd"
+            forward, row = (launch_parameters(self.impl, name, problem, architecture) for name in ("fa2_fwd", main))
+            backward = dict(zip(BACKWARD_TILE, (row["BLOCK_M"], row["BLOCK_N"], 1), strict=True))
             return {"mma": "wgmma" if architecture == "hopper" else "mma.sync", **forward, **backward}
         rows, keys = tile_size(head_dim, problem.mask_rule.kind != "full", problem.dropout > 0, architecture)
         rows, keys = self.BLOCK_M or rows, self.BLOCK_N or keys
         # Up to 32 rows for each warp, or 16 where 32 rows of O and S would take more than 192 registers a thread: the
         # rule gives the numbers of warps that the code has for each of its tiles.
-        wide = self.padded(problem.head_dim_v) + keys > 192
+        wide = self.width(problem.head_dim_v) + keys > 192
         warps = 4 * max(1, rows // (64 if wide else 128))
         return {"BLOCK_M": rows, "BLOCK_N": keys, "mma": "mma.sync", "num_warps": warps, "num_stages": 1, **backward}
 
@@ -112,6 +113,9 @@ class FA2(Schedule):
             )
         if self.BLOCK_N % 16 or not 16 <= self.BLOCK_N <= 256:
             lines.append(f"BLOCK_N = {self.BLOCK_N}, allowed are the multiples of 16 from 16 to 256 (k of one mma)")
+        if self.impl == "triton":
+            backward = self.backward_kernel(problem).complaints() if "bwd" in problem.passes else []
+            return lines + self.triton_kernel().complaints(problem) + backward
         for name, value in (("bwd_BLOCK_M", self.bwd_BLOCK_M), ("bwd_BLOCK_N", self.bwd_BLOCK_N)):
             if value not in (64, 128):
                 lines.append(
@@ -119,17 +123,13 @@ class FA2(Schedule):
                 )
         if self.bwd_stages not in (1, 2):
             lines.append(f"bwd_stages = {self.bwd_stages}, allowed are 1 and 2")
-        if self.impl == "triton":
-            lines += self.triton_kernel().complaints(problem)
-            if self.deterministic and "bwd" in problem.passes:
-                lines.append("deterministic with impl = triton is a kernel of its own for dQ, which is not simulated")
-        elif self.num_stages != 1:
+        if self.num_stages != 1:
             lines.append(f"num_stages = {self.num_stages}, the published kernel has one buffer of K and one of V")
         return lines
 
-    def padded(self, width: int) -> int:
-        """The head dim of the tiles: the library has kernels for multiples of 32 (round_multiple in flash_api.cpp)."""
-        return -(-width // 32) * 32
+    def width(self, head_dim: int) -> int:
+        """Columns of the tiles: the library has kernels for multiples of 32 (round_multiple in flash_api.cpp)."""
+        return power_of_two(head_dim) if self.impl == "triton" else -(-head_dim // 32) * 32
 
     @property
     def warpgroups(self) -> int:
@@ -138,9 +138,16 @@ class FA2(Schedule):
     def triton_kernel(self) -> FA2Triton:
         return self.triton(self.BLOCK_M, self.BLOCK_N, self.num_stages, self.warpgroups, self.mma)
 
+    def backward_kernel(self, problem: AttentionProblem) -> Any:
+        """The class that has the launches of the backward pass."""
+        kind = self.backward_triton if self.impl == "triton" else self.backward
+        d, dv = (self.width(width) for width in (problem.head_dim, problem.head_dim_v))
+        tile = self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.bwd_stages
+        return kind(*tile, self.deterministic, d, dv, "wgmma" if self.mma == "wgmma" else "mma.sync")
+
     def kernels(self, problem: AttentionProblem) -> tuple[Kernel, ...]:
         text = self.triton_kernel() if self.impl == "triton" else self
-        d, dv = (text.padded(width) for width in (problem.head_dim, problem.head_dim_v))
+        d, dv = (self.width(width) for width in (problem.head_dim, problem.head_dim_v))
         forward = Kernel(
             name="fa2_fwd",
             roles=(Role("warps", text.program, self.warpgroups, registers=text.registers),),
@@ -154,9 +161,9 @@ class FA2(Schedule):
             head_dim_v=dv,
             overhead_instructions=OTHER_INSTRUCTIONS,
         )
-        tile = self.bwd_BLOCK_M, self.bwd_BLOCK_N, self.bwd_stages
-        backward = self.backward(*tile, self.deterministic, d, dv, "wgmma" if self.mma == "wgmma" else "mma.sync")
-        launches = {"fwd": (forward,), "bwd": backward.kernels(problem)}
+        launches = {"fwd": (forward,)}
+        if "bwd" in problem.passes:
+            launches["bwd"] = self.backward_kernel(problem).kernels(problem)
         return tuple(kernel for name in problem.passes for kernel in launches[name])
 
     def shared(self, cta: CTA) -> Shared:

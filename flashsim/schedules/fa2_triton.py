@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flashsim.problem import AttentionProblem
-from flashsim.schedules.launch import power_of_two
 from flashsim.schedules.softmax import Statistics, finish, online_softmax, rescale, start
 from flashsim.schedules.verbs import CTA, Awaitable, Operand, Program, Registers, Sync, Warpgroup, WorkTile
 
@@ -55,10 +54,6 @@ class FA2Triton:
         if self.num_stages > 8:
             lines.append(f"num_stages = {self.num_stages}, allowed are 1 to 8")
         return lines
-
-    def padded(self, width: int) -> int:
-        """The head dim of the tiles."""
-        return power_of_two(width)
 
     @property
     def buffers(self) -> int:

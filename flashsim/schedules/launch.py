@@ -6,6 +6,7 @@ Both read one table for each implementation, so that what is simulated is what i
 from __future__ import annotations
 
 from flashsim.errors import InputError
+from flashsim.paired import use_kernels
 from flashsim.problem import AttentionProblem
 
 PUBLISHED = "published"
@@ -18,10 +19,9 @@ def launch_parameters(impl: str, kernel: str, problem: AttentionProblem, archite
     Raises InputError where `flashsim_kernels` is not installed, or the kernel does not exist for this head dim, dtype
     and architecture.
     """
-    try:
-        from flashsim_kernels.launch import launch_parameters as from_table
-    except ImportError:
-        raise InputError(f"impl = {impl}: its launch table is in flashsim_kernels, which is not installed") from None
+    use_kernels()
+    from flashsim_kernels.launch import launch_parameters as from_table
+
     head_dim = max(problem.head_dim, problem.head_dim_v)
     try:
         row: dict[str, int] = from_table(impl, kernel, architecture, problem.dtype, head_dim)

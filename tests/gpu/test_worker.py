@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from flashsim.errors import InputError
-from flashsim.gpu.worker import WorkerDied, reports, require_torch_and_triton, use_kernels
+from flashsim.gpu.worker import WorkerDied, reports, require_torch_and_triton
+from flashsim.paired import use_kernels
 
 ROOT = Path(__file__).parents[2]
 THERE = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from flashsim.cli import main
 from flashsim.devices import load_device
 from flashsim.errors import InputError
-from flashsim.io.costs import KINDS, CompiledCosts, read_costs
+from flashsim.io.costs import KINDS, CompiledCosts, fitting, read_costs
 from flashsim.problem import AttentionProblem
 from flashsim.simulate import simulate
 
@@ -26,10 +27,24 @@ def costs(**counts: float) -> CompiledCosts:
     return CompiledCosts(**fields, options=OPTIONS, counts=CHARGED | counts, charged=CHARGED)
 
 
+def text_of(*several: CompiledCosts) -> str:
+    return json.dumps({"costs": [one.model_dump() for one in several]})
+
+
 def test_a_file_reads_as_what_was_written(tmp_path: Path) -> None:
-    path = tmp_path / "costs.toml"
-    path.write_text(costs(fma=200.5).text(), encoding="utf-8")
-    assert read_costs(str(path)) == costs(fma=200.5)
+    path = tmp_path / "costs.json"
+    path.write_text(text_of(costs(fma=200.5), costs()), encoding="utf-8")
+    assert read_costs(str(path)) == [costs(fma=200.5), costs()]
+
+
+def test_of_several_the_one_that_fits_is_taken() -> None:
+    p = AttentionProblem(batch=1, heads_q=1, seqlen_q=1, head_dim=128)
+    other = costs(exp=1.0).model_copy(update={"head_dim": 64})
+    assert fitting([other, costs()], "fa2", OPTIONS, p) == costs()
+    with pytest.raises(InputError, match="head_dim is 128, the counts are those of head_dim 64"):
+        fitting([other], "fa2", OPTIONS, p)
+    with pytest.raises(InputError, match="no counts"):
+        fitting([], "fa2", OPTIONS, p)
 
 
 def test_counts_as_charged_change_nothing() -> None:
@@ -62,8 +77,8 @@ def test_more_exponentials_take_more_time() -> None:
 
 
 def test_the_command_line_takes_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "costs.toml"
-    path.write_text(costs(exp=170.0).text(), encoding="utf-8")
+    path = tmp_path / "costs.json"
+    path.write_text(text_of(costs(exp=170.0)), encoding="utf-8")
     assert main([*COMMAND, *AS_COMPILED]) == 0
     plain = capsys.readouterr().out
     assert main([*COMMAND, *AS_COMPILED, "--costs", str(path)]) == 0
@@ -71,8 +86,8 @@ def test_the_command_line_takes_a_file(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_counts_of_another_kernel_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "costs.toml"
-    path.write_text(costs().text(), encoding="utf-8")
+    path = tmp_path / "costs.json"
+    path.write_text(text_of(costs()), encoding="utf-8")
     assert main([*COMMAND, "--dtype", "bf16", "--costs", str(path)]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert f"error: --costs {path}: dtype is bf16, the counts are those of dtype fp16" in lines
@@ -82,16 +97,17 @@ def test_counts_of_another_kernel_are_refused(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("old", "new", "line"),
     [
-        ("exp = 34\n", "", f"counts: must have {', '.join(KINDS)}, has fma, alu, pack, issue"),
-        ("fma = 132\n", "fma = -1.0\n", "counts.fma"),
-        ('dtype = "fp16"\n', "", "dtype"),
-        ('dtype = "fp16"\n', 'dtype = "fp16"\nsurprise = 1\n', "surprise"),
-        ("[counts]", "[counts", ""),
+        ('"exp": 34.0, ', "", f"costs.0.counts: must have {', '.join(KINDS)}, has fma, alu, pack, issue"),
+        ('"fma": 132.0', '"fma": -1.0', "costs.0.counts.fma"),
+        ('"dtype": "fp16", ', "", "costs.0.dtype"),
+        ('"dtype": "fp16"', '"dtype": "fp16", "surprise": 1', "surprise"),
+        ('{"costs"', '{"cost"', "costs"),
+        ('{"costs"', '"costs"', "is no JSON"),
     ],
 )
 def test_what_a_file_cannot_be(tmp_path: Path, old: str, new: str, line: str) -> None:
-    path = tmp_path / "costs.toml"
-    text = costs().text()
+    path = tmp_path / "costs.json"
+    text = text_of(costs())
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(InputError) as error:
