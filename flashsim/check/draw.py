@@ -181,8 +181,9 @@ def _examples(draw: st.DrawFn, schedule: type[Schedule]) -> Example:
 def _options(draw: st.DrawFn, schedule: type[Schedule], architecture: str, dtype: str, tile: bool) -> dict[str, Any]:
     """Values for the tile, if it is not to be the schedule's own, and for some of the other switches."""
     # Other kernels of the same algorithm have other switches, so this one is drawn before the rest.
-    impl = draw(st.sampled_from(impls_of(schedule, architecture, dtype)))
-    options: dict[str, Any] = {} if impl is None else {IMPL: impl}
+    impls = impls_of(schedule, architecture, dtype)
+    impl = draw(st.sampled_from(impls))
+    options: dict[str, Any] = {} if impl == impls[0] else {IMPL: impl}
     for name, values in values_of(schedule, architecture, dtype, impl).items():
         if not values:
             continue

@@ -148,9 +148,9 @@ class FA2BackwardTriton(FA2Backward):
                 yield lse
                 wg.map("exp_lse", r.S.T, r.LSE, into=r.S.T)  # 11: P = exp(S - L)
                 wg.convert(r.S, into=r.P)
-                dv = wg.gemm(r.P, s.dO, into=r.dV, accumulate=True)  # 12: dV += P^T dO_i
-                yield wg.gemm(s.V.rows(*keys), s.dO.T, into=r.dP)  # 13: dP = dO V_j^T, transposed
-                yield dv
+                wg.gemm(r.P, s.dO, into=r.dV, accumulate=True)  # 12: dV += P^T dO_i, which ends before the next product
+                # 13: dP = dO V_j^T, transposed
+                yield wg.gemm(s.V.rows(*keys), s.dO.T, into=r.dP)  # equivalent: 12 and 13 have nothing in common
                 yield D
                 wg.map("sub", r.dP.T, r.D, into=r.dP.T)
                 wg.map("mul", r.dP, r.S, into=r.dP)  # 14: dS = P o (dP - D)
@@ -161,7 +161,8 @@ class FA2BackwardTriton(FA2Backward):
                     mine = (wg.index * columns, columns)
                     yield wg.gemm(s.dS.T, s.K.columns(*mine), into=r.dQ)  # 15: dQ_i += dS K_j
                     wg.atomic_add(r.dQ, into=tile.dQ_accum(i).columns(*mine))
-                yield wg.gemm(r.dS, s.Q, into=r.dK, accumulate=True)  # 16: dK += dS^T Q_i
+                # 16: dK += dS^T Q_i
+                yield wg.gemm(r.dS, s.Q, into=r.dK, accumulate=True)  # equivalent: dQ and dK have nothing in common
                 yield s.everybody.wait()  # nobody reads Q_i, dO_i and dS any more
                 if i < tile.last:
                     q, do = load(i + 1)
@@ -218,7 +219,7 @@ class FA2BackwardTriton(FA2Backward):
                 if tile.partial(j):
                     wg.map("mask", r.S, tile, j, into=r.S)
                 wg.map("exp_lse", r.S, r.LSE, into=r.S)  # 11
-                yield wg.gemm(s.dO.rows(*mine), s.V.T, into=r.dP)  # 13
+                yield wg.gemm(s.dO.rows(*mine), s.V.T, into=r.dP)  # equivalent: 13 does not depend on 11
                 wg.map("sub", r.dP, r.D, into=r.dP)
                 wg.map("mul", r.dP, r.S, into=r.dP)  # 14
                 wg.convert(r.dP, into=r.dS)

@@ -51,13 +51,13 @@ class FA2Triton:
         for name, value in (("BLOCK_M", self.BLOCK_M), ("BLOCK_N", self.BLOCK_N)):
             if value & (value - 1):
                 lines.append(f"{name} = {value}, must be a power of two, as all tiles of Triton are")
-        if self.num_stages > 8:
-            lines.append(f"num_stages = {self.num_stages}, allowed are 1 to 8")
+        if not 2 <= self.num_stages <= 8:
+            lines.append(f"num_stages = {self.num_stages}, allowed are 2 to 8")
         return lines
 
     @property
     def buffers(self) -> int:
-        return self.num_stages if self.mma == "wgmma" else max(1, self.num_stages - 1)
+        return self.num_stages if self.mma == "wgmma" else self.num_stages - 1
 
     def shared(self, cta: CTA) -> Shared:
         return Shared(
@@ -90,8 +90,6 @@ class FA2Triton:
                 yield q
             for j in wg.kv_tiles(tile):  # 6
                 K, V = s.K[j % self.buffers], s.V[j % self.buffers]
-                if not ahead:
-                    kv[j] = self.load(wg, s, tile, j)
                 k, v = kv.pop(j)
                 yield k  # 7
                 yield v
@@ -101,10 +99,8 @@ class FA2Triton:
                 rescale(wg, r.O, r.stats)
                 wg.convert(r.S, into=r.P)
                 pv = wg.gemm(r.P, V, into=r.O, accumulate=True)  # 10: O = diag(alpha) O + P V_j
-                if not ahead:  # nothing is pipelined, products neither
-                    yield pv
                 yield s.everybody.wait()  # nobody reads the tiles any more that the loads overwrite
-                if ahead and j + ahead <= tile.last:
+                if j + ahead <= tile.last:
                     kv[j + ahead] = self.load(wg, s, tile, j + ahead)
             if tile.count:
                 yield pv
