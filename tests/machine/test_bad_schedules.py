@@ -17,7 +17,7 @@ PROBLEM = AttentionProblem(batch=1, heads_q=1, seqlen_q=64, head_dim=16)
 BEFORE = "                yield q\n"
 
 
-DEFAULTS = '        return {"BLOCK_M": rows, "BLOCK_N": keys, "mma": "mma.sync", "num_warps": warps, "num_stages": 1, **backward}\n'
+DEFAULTS = '        return {"BLOCK_M": rows, "BLOCK_N": keys, "mma": "mma.sync", "num_warps": warps, "num_stages": 1, **backward}\n'  # noqa: E501
 """The line of fa2 with the published kernel's defaults."""
 
 
