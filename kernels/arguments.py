@@ -15,7 +15,14 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 HEAD_DIM_STEP, HEAD_DIM_LEAST, HEAD_DIM_MOST = 8, 16, 256
 ARCHITECTURES = {7: "turing", 8: "ampere", 9: "hopper", 10: "blackwell", 12: "blackwell"}
 """By the major number of the compute capability; sm_89 is Ada."""
-LIMITS = {"num_warps": (1, 16), "num_stages": (1, 8), "ROWS": (1, 64), "SCORES": (16, 16384)}
+LIMITS = {
+    "num_warps": (1, 16),
+    "num_stages": (1, 8),
+    "ROWS": (1, 64),
+    "SCORES": (16, 16384),
+    "warp_specialized": (0, 1),
+    "intra_wg_overlap": (0, 1),
+}
 TILE_LIMITS = 16, 256
 """Least and most of a launch parameter; of those that have no entry, which are sides of tiles of products."""
 
@@ -55,7 +62,7 @@ def padded(head_dim: int) -> int:
 
 
 def check_tensors(name: str, **tensors: object) -> None:
-    """Raise ArgumentError unless all are tensors. All that is asked before an operator is called, which asks the rest."""
+    """Raise ArgumentError unless all are tensors. An operator can be called with nothing else; it asks the rest."""
     wrong = [
         f"{name}: {arg}: must be a torch.Tensor, got {type(x).__name__}"
         for arg, x in tensors.items()

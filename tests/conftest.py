@@ -9,6 +9,8 @@ from pathlib import Path
 
 # Small products in float64 are quicker on one thread, by far where the machine is busy; must be set before numpy loads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Kernels run in Triton's interpreter, and are compiled in other processes; must be set before triton loads.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
 from hypothesis import settings

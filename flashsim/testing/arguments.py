@@ -12,8 +12,10 @@ from flashsim.numerics.layout import Float, check_inputs
 from flashsim.numerics.philox import SEED, dropout_problems
 from flashsim.numerics.rounding import round_to
 from flashsim.testing.arrays import dtype_of, to_float64
-from flashsim.testing.cases import NUMPY_DTYPES as DTYPES
-from flashsim.testing.cases import AttentionCase
+from flashsim.testing.cases import NUMPY_DTYPES, AttentionCase
+
+DTYPES = (*NUMPY_DTYPES, "fp32")
+"""fp32 only where it is asked for: arrays of it may hold values of another dtype."""
 
 
 class Arguments(NamedTuple):

@@ -71,8 +71,8 @@ def assert_attention_close(
     Arrays are NumPy's, jax's, torch tensors on any device, or anything else that `numpy.asarray` reads. Instead of
     q, k, v an `AttentionCase` can be given, which also has dtype, mask and dropout. q, k, v hold what the kernel read:
     a kernel that overwrites them defeats the comparison, a case is safe from that. `dtype` is fp16 or bf16, by default
-    that of q, k, v, or of o where theirs is wider; `mask` is full (the default) or causal, aligned at the bottom right;
-    a row that sees no key is 0 and its LSE -inf; `scale` defaults to 1 / sqrt(D).
+    that of q, k, v, or of o where theirs is wider, or fp32, which must be given; `mask` is full (the default) or
+    causal, aligned at the bottom right; a row that sees no key is 0 and its LSE -inf; `scale` defaults to 1 / sqrt(D).
 
     With `dropout` (a case's, or 0), O = (P * keep / (1 - dropout)) V with the bits of `numerics.philox.keep` for
     `dropout_seed` (`case.dropout_seed`, or `philox.SEED`); the LSE sums all keys, kept or not. Bits of another

@@ -338,7 +338,7 @@ def test_mistakes_of_the_caller() -> None:
     bad = k.copy()
     bad[1, 2, 0, 3] = np.nan
     assert mistakes(o, q * 1.001, bad[:1], "v", dtype="fp61", mask="casual", scale=np.inf) == (
-        "dtype: unknown dtype 'fp61', did you mean 'fp16'? (allowed: fp16, bf16)",
+        "dtype: unknown dtype 'fp61', did you mean 'fp16'? (allowed: fp16, bf16, fp32)",
         "mask: unknown mask 'casual', did you mean 'causal'? (allowed: full, causal, window, prefix, chunked, "
         "documents, global, blocks, butterfly, padding, varlen, varlen-causal)",
         "v: must be an array of numbers, got str with elements of type <U1",
@@ -363,13 +363,32 @@ def test_the_dtype_is_that_of_the_arrays_or_must_be_given() -> None:
     case, o, _ = exact()
     q, k, v = case.numpy()
     assert mistakes(o, *case.qkv) == (
-        "dtype: must be given (allowed: fp16, bf16), since the arrays do not say: "
+        "dtype: must be given (allowed: fp16, bf16, fp32), since the arrays do not say: "
         "q float64, k float64, v float64, o float64",
     )
     assert mistakes(o, q, k.astype(np.float32), v)[0].endswith("q float16, k float32, v float16, o float64")
     assert mistakes(o, q, k, v.astype(ml_dtypes.bfloat16))[0].startswith("dtype: must be given")
     # fp16 inputs and a bf16 result: fp16 is what the result is held to.
     assert "fp16" in message(o.astype(ml_dtypes.bfloat16), q, k, v, mask="causal")
+
+
+def in_fp32(case: AttentionCase) -> list[NDArray[np.float32]]:
+    """q, k, v with all bits of fp32."""
+    return [(x * 1.1).astype(np.float32) for x in case.qkv]
+
+
+@given(attention_cases())
+def test_a_correct_kernel_in_fp32_is_accepted(case: AttentionCase) -> None:
+    q, k, v = in_fp32(case)
+    o, lse = changed(WITH_LSE)(q, k, v, causal=case.causal)
+    assert_attention_close(o, q, k, v, dtype="fp32", mask=case.mask, lse=lse)
+
+
+def test_products_in_tf32_are_not_fp32() -> None:
+    q, k, v = in_fp32(case_of())
+    rounded = [np.round(x * 2**9) / 2**9 for x in (q, k, v)]
+    o = changed()(*(x.astype(np.float32) for x in rounded), causal=True)
+    assert "- O: largest error" in message(o, q, k, v, dtype="fp32", mask="causal")
 
 
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0)])

@@ -76,6 +76,15 @@ def test_a_correct_backward_pass_is_accepted(case: AttentionCase) -> None:
     assert_gradients_close(gradients_of(case, backward()), case)
 
 
+@settings(max_examples=settings().max_examples // 4)
+@given(attention_cases(max_flops=2e6))
+def test_a_correct_backward_pass_in_fp32_is_accepted(case: AttentionCase) -> None:
+    q, k, v, do = ((x * 1.1).astype(np.float32) for x in (*case.qkv, case.do))
+    with np.errstate(invalid="ignore"):
+        gradients = backward()(q, k, v, do, case.causal)
+    assert_gradients_close(gradients, q, k, v, do, dtype="fp32", mask=case.mask)
+
+
 @pytest.mark.parametrize("bug", BUGS)
 def test_a_bug_is_found(bug: str) -> None:
     wrong = backward(*BUGS[bug])
