@@ -13,6 +13,8 @@ from flashsim_kernels.launch import launch_parameters
 DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8"}
 """torch's dtypes and what launch tables call them."""
 HEAD_DIM_STEP, HEAD_DIM_LEAST, HEAD_DIM_MOST = 8, 16, 256
+GRID_MOST = 65535
+"""Programs along the second and third dimension of a grid, which are heads and batch entries."""
 ARCHITECTURES = {7: "turing", 8: "ampere", 9: "hopper", 10: "blackwell", 12: "blackwell"}
 """By the major number of the compute capability; sm_89 is Ada."""
 LIMITS = {
@@ -182,6 +184,9 @@ def _shapes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head_dims: Sequen
         wrong.append(f"k, v: (seqlen, heads) {tuple(k.shape[1:3])} and {tuple(v.shape[1:3])}, must be the same")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         wrong.append(f"q, k: heads {q.shape[2]} and {k.shape[2]}, those of k must divide those of q")
+    for what, size in (("batch", q.shape[0]), ("heads", q.shape[2])):
+        if size > GRID_MOST:
+            wrong.append(f"q: {what} {size}, allowed are up to {GRID_MOST}")
     if q.shape[3] != k.shape[3]:
         wrong.append(f"q, k: head dim {q.shape[3]} and {k.shape[3]}, must be the same")
     for arg, x in (("q", q), ("v", v)):

@@ -81,6 +81,11 @@ WRONG = {
         {},
         ("q, k: heads 4 and 0, those of k must divide those of q",),
     ),
+    "grid": (
+        (Q[:1, :1, :1].expand(65536, 1, 65536, 32), *(K[:1, :1, :1].expand(65536, 1, 1, 32),) * 2),
+        {},
+        ("q: batch 65536, allowed are up to 65535", "q: heads 65536, allowed are up to 65535"),
+    ),
     "head dims": ((Q, K[..., :16], K), {}, ("q, k: head dim 32 and 16, must be the same",)),
     "head dim": (
         (shaped(2, 5, 4, 20), shaped(2, 7, 2, 20), shaped(2, 7, 2, 264)),
