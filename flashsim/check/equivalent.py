@@ -103,21 +103,9 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
         ("prepare", "yield wg.store(r.dQ, into=getattr(tile, through))", "not awaited"): READ_AT_ISSUE,
     },
     "fa2": {
-        ("program", "yield wg.gemm(s.Q.rows(*my_rows), s.K.T, into=r.S)", "not awaited"): SCOREBOARD,
         ("program", "yield wg.gemm(s.Q.rows(*my_rows), s.K.T, into=r.S)", "earlier"): LOAD_AFTER,
-        ("program", "yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)", "not awaited"): SCOREBOARD,
     },
     "fa2_backward": {
-        **dict.fromkeys(
-            [
-                ("program", "yield wg.gemm(Q, mine(s.K.T), into=r.S)", "not awaited"),
-                ("program", "yield wg.gemm(s.dO, mine(s.V.T), into=r.dP)", "not awaited"),
-                ("program", "yield wg.gemm(s.P.T, mine(s.dO), into=r.dV, accumulate=True)", "not awaited"),
-                ("program", "yield wg.gemm(s.dS, mine(s.K), into=r.dQ)", "not awaited"),
-                ("program", "yield wg.gemm(s.dS.T, mine(Q), into=r.dK, accumulate=True)", "not awaited"),
-            ],
-            SCOREBOARD,
-        ),
         ("program", "yield s.everybody.wait()", "earlier"): BEHIND_PV,
         ("program", "yield wg.gemm(s.dS, mine(s.K), into=r.dQ)", "earlier"): LOADS_AFTER,
         ("program", "yield wg.gemm(s.dS.T, mine(Q), into=r.dK, accumulate=True)", "earlier"): PASSED_LATER,
@@ -178,8 +166,6 @@ EQUIVALENT: dict[str, dict[tuple[str, str, str], str]] = {
             ("attend", "yield s.everybody.wait()", change): ONE_WARPGROUP
             for change in ("removed", "arrives only", "earlier")
         },
-        ("attend", "yield wg.gemm(s.Q, s.K.T, into=r.S)", "not awaited"): SCOREBOARD,
-        ("attend", "yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)", "not awaited"): SCOREBOARD,
     },
 }
 """By file of a built-in schedule: (function, statement, change)."""

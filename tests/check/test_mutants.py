@@ -13,7 +13,7 @@ import pytest
 from flashsim import schedules
 from flashsim.check import equivalent
 from flashsim.check import survey as judging
-from flashsim.check.equivalent import EQUIVALENT, SCOREBOARD, WAITS_TOO_EARLY, file_of, parts_of, reason_for
+from flashsim.check.equivalent import EQUIVALENT, LOAD_AFTER, WAITS_TOO_EARLY, file_of, parts_of, reason_for
 from flashsim.check.mutants import Mutant, mutants_of, probed
 from flashsim.check.survey import EQUIVALENT as OUTCOME_EQUIVALENT
 from flashsim.check.survey import INVALID, KILLED, NOT_RUN, SURVIVED, Survey, Verdict, mutants_in, survey
@@ -27,8 +27,8 @@ BUILT_IN = schedules.schedule_names()
 @pytest.fixture(autouse=True)
 def fewer_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Than `flashsim check --mutants` takes."""
-    monkeypatch.setattr(judging, "DRAWN", 300)
-    monkeypatch.setattr(judging, "KEPT", 24)
+    monkeypatch.setattr(judging, "DRAWN", 400)
+    monkeypatch.setattr(judging, "KEPT", 64)
     monkeypatch.setattr(judging, "TRIED", 8)
 
 
@@ -176,29 +176,29 @@ def test_which_statements_may_come_too_early(statement: str, explained: bool) ->
     assert reason_for(mutant_of(statement, "removed"), "FA3", "") is None
 
 
-PRODUCT = "yield wg.gemm(r.P, s.V, into=r.O, accumulate=True)"
+SCORES = "yield wg.gemm(s.Q.rows(*my_rows), s.K.T, into=r.S)"
 ADDED = "            finish(wg, r.O, r.stats)"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "class_name", "reason"),
     [
-        ("", "", "FA2", SCOREBOARD),
-        ("OTHER_INSTRUCTIONS = 60", "OTHER_INSTRUCTIONS = 61", "FA2", SCOREBOARD),
-        ("  # 4\n", "  # line 4\n", "FA2", SCOREBOARD),
+        ("", "", "FA2", LOAD_AFTER),
+        ("OTHER_INSTRUCTIONS = 60", "OTHER_INSTRUCTIONS = 61", "FA2", LOAD_AFTER),
+        ("  # 4\n", "  # line 4\n", "FA2", LOAD_AFTER),
         (ADDED, f"            wg.problem\n{ADDED}", "FA2", None),
         ("", "", "Mine", None),
         ("", "", "FA3", None),
-        (f"{PRODUCT}  # 10", f"{PRODUCT}  # equivalent: I say so\n            # 10", "Mine", "I say so"),
-        (f"{PRODUCT}  # 10", f"{PRODUCT}  # 10  #equivalent:  I say so \n            # 10", "FA2", "I say so"),
-        (f"{PRODUCT}  # 10", f"{PRODUCT}  # equivalent: \n            # 10", "Mine", None),
+        (f"{SCORES}  # 8", f"{SCORES}  # equivalent: I say so\n            # 8", "Mine", "I say so"),
+        (f"{SCORES}  # 8", f"{SCORES}  # 8  #equivalent:  I say so \n            # 8", "FA2", "I say so"),
+        (f"{SCORES}  # 8", f"{SCORES}  # equivalent: \n            # 8", "Mine", None),
     ],
 )
 def test_what_is_said_of_a_mutant_in_a_users_file(old: str, new: str, class_name: str, reason: str | None) -> None:
     """Our reasons hold for an unchanged function of a class of our name; the user's own for any statement."""
     assert old in source_of("fa2")
     text = source_of("fa2").replace(old, new, 1)
-    (mutant,) = [m for m in mutants_of(text) if (m.statement, m.change) == (PRODUCT, "not awaited")]
+    (mutant,) = [m for m in mutants_of(text) if (m.statement, m.change) == (SCORES, "earlier")]
     assert reason_for(mutant, class_name, text) == reason
 
 
@@ -208,7 +208,7 @@ def test_a_survey_of_a_users_schedule(tmp_path: Path) -> None:
     text = source_of("fa2").replace("yield v\n", "yield v  # equivalent: not at all\n")
     path.write_text(text.replace(ADDED, f"            wg.problem\n{ADDED}"), encoding="utf-8")
     name = f"{path}:FA2"
-    wanted = [("yield q", "earlier"), ("yield v", "removed"), (PRODUCT, "not awaited")]
+    wanted = [("yield q", "earlier"), ("yield v", "removed"), (SCORES, "earlier")]
     verdicts = list(survey(name, [mutant_number(name, *which) for which in wanted], workers=1))
     assert [verdict.outcome for verdict in verdicts] == [OUTCOME_EQUIVALENT, KILLED, SURVIVED]
     assert verdicts[0].how == WAITS_TOO_EARLY
@@ -219,8 +219,8 @@ def test_our_reasons_hold_in_a_copy(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(source_of("fa2"), encoding="utf-8")
     name = f"{path}:FA2"
-    (verdict,) = survey(name, [mutant_number(name, PRODUCT, "not awaited")], workers=1)
-    assert (verdict.outcome, verdict.how) == (OUTCOME_EQUIVALENT, SCOREBOARD)
+    (verdict,) = survey(name, [mutant_number(name, SCORES, "earlier")], workers=1)
+    assert (verdict.outcome, verdict.how) == (OUTCOME_EQUIVALENT, LOAD_AFTER)
 
 
 def test_a_users_reason_explains_only_the_statement_on_its_line() -> None:

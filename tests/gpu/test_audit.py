@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 
-from flashsim.analysis.charges import Charges
+from flashsim.analysis.charges import Charges, charges
 from flashsim.cli import kernels as command
 from flashsim.cli import main
+from flashsim.devices import load_device
 from flashsim.errors import InputError
 from flashsim.gpu import audit as auditing
 from flashsim.gpu.audit import CaseReport, LaunchReport, Report, audit
 from flashsim.gpu.compile import Call, Tensor, compile_call
 from flashsim.gpu.kernels import KERNELS, TARGETS, Case, Entry, Need, Sizes, expected_mma, forward
+from flashsim.io.costs import read_costs
+from flashsim.problem import AttentionProblem
 
 SAMPLES = str(Path(__file__).with_name("audit_samples.py"))
 compile_once = cache(compile_call)
@@ -299,14 +302,24 @@ def test_problems_are_told(
     assert run(capsys, "fa2", "--target", "sm_90", "--json")[0] == 1
 
 
-def test_costs(prepared: CaseReport, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_costs(
+    monkeypatch: pytest.MonkeyPatch, prepared: CaseReport, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = tmp_path / "costs.json"
     assert run(capsys, "fa2", "--target", "sm_90", "--as-costs", str(path))[0] == 0
-    (cost,) = json.loads(path.read_text(encoding="utf-8"))["costs"]
-    about = {"kernel": "fa2", "target": "sm_90", "masked": False, "BLOCK_M": 128, "BLOCK_N": 64, "warps": 8}
-    assert about.items() <= cost.items()
-    assert set(cost["instructions"]) == {"exp", "fma", "alu", "convert", "other"}
-    assert cost["instructions"]["exp"] == 34
+    assert read_costs(str(path)) == []  # no simulation charges for the sample
+    problem = AttentionProblem(batch=1, heads_q=1, seqlen_q=1, head_dim=128)
+    charged = charges("fa2", problem, load_device("h100-sxm5"), {"impl": "triton"})["fa2_fwd"]
+    launch = prepared.launches[0]
+    loops = tuple(replace(loop, charged=charged) for loop in launch.loops)
+    again = replace(prepared, launches=(replace(launch, loops=loops),))
+    monkeypatch.setattr(auditing, "audit", lambda *_: Report("fa2", "sm_90", "triton", (again,)))
+    assert run(capsys, "fa2", "--target", "sm_90", "--as-costs", str(path))[0] == 0
+    (cost,) = read_costs(str(path))
+    assert (cost.schedule, cost.target) == ("fa2", "sm_90")
+    assert cost.options.items() >= {"impl": "triton", "BLOCK_M": 128, "BLOCK_N": 64}.items()
+    assert cost.counts["exp"] == cost.charged["exp"] == 34
+    assert cost.counts["issue"] > cost.counts["fma"] > 100
     code, _, err = run(capsys, "fa2", "--as-costs", str(tmp_path / "nowhere" / "costs.json"))
     assert code == 2
     assert "--as-costs" in err

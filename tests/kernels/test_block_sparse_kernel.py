@@ -169,6 +169,7 @@ def test_the_same_gradients_in_every_run() -> None:
     assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
 
 
+@examples(50, 100, 300)
 @given(st.integers(1, 3), st.integers(1, 3), LENGTHS, LENGTHS, st.booleans(), st.integers(0, 999))
 def test_lists_have_what_remains_of_a_mask(
     batch: int, heads: int, seqlen_q: int, seqlen_k: int, causal: bool, seed: int

@@ -117,6 +117,7 @@ def test_combine_is_the_merge(num_splits: int, seqlen_q: int, empty: float, seed
     np.testing.assert_allclose(lse.numpy(), expected_lse[..., 0], atol=1e-5)
 
 
+@examples(50, 200, 1000)
 @given(st.integers(1, 1000), st.integers(1, 2000), st.integers(1, 300))
 def test_as_many_splits_as_the_schedule_has(tiles: int, kv_tiles: int, slots: int) -> None:
     assert splits_heuristic(tiles, kv_tiles, slots) == splits_of_the_schedule(tiles, kv_tiles, slots)

@@ -29,7 +29,7 @@ from flashsim.numerics.gradients import (  # noqa: E402
     eager_gradients,
 )
 from flashsim.numerics.reference import attention_reference  # noqa: E402
-from flashsim.testing import AttentionCase, Layout, layouts  # noqa: E402
+from flashsim.testing import KINDS, AttentionCase, Layout, layouts  # noqa: E402
 from flashsim.testing.arrays import to_float64  # noqa: E402
 from flashsim_kernels.arguments import ArgumentError  # noqa: E402
 from flashsim_kernels.standard import standard, standard_op  # noqa: E402
@@ -39,14 +39,22 @@ MASKS = ("full", "causal")
 HEAD_DIMS = (16, 24, 64, 128, 256)
 SCORES = (64, 1024, 4096)
 """That a program of the softmax has at a time: less than a row, or some rows."""
+MOST_ROWS = 64
+"""For which the softmax may have a program each: one takes a millisecond here."""
 LARGEST = 65504
+KINDS_TO_STORE = tuple(kind for kind in KINDS if kind != "huge_scores")
+"""Of scores beyond 20000, rounding to 16 bits leaves no softmax that could be compared."""
 
 
 @st.composite
 def runs(draw: st.DrawFn, **options: Any) -> Run:
     """A case and tiles."""
     case, tile = draw(tiled_cases(masks=MASKS, **options))
-    return case, tile | {"BLOCK_K": draw(st.sampled_from((16, 64))), "SCORES": draw(st.sampled_from(SCORES))}
+    p = case.problem
+    scores = draw(st.sampled_from(SCORES))
+    if p.batch * p.heads_q * p.seqlen_q > MOST_ROWS:
+        scores = SCORES[-1]
+    return case, tile | {"BLOCK_K": draw(st.sampled_from((16, 64))), "SCORES": scores}
 
 
 def assert_rounded(o: Any, lse: Any, q: Any, k: Any, v: Any, dtype: str, mask: str) -> None:
@@ -75,11 +83,10 @@ def overflows(case: AttentionCase) -> NDArray[np.bool_]:
 
 
 @examples()
-@given(runs(head_dims=HEAD_DIMS), layouts())
+@given(runs(head_dims=HEAD_DIMS, kinds=KINDS_TO_STORE), layouts())
 def test_exact(run: Run, layout: Layout) -> None:
     case, tiles = run
-    # fp16 has no number for scores beyond 65504, which `huge_scores` has at small head dims: the algorithm ends there.
-    assume(not overflows(case).any())
+    assume(not overflows(case).any())  # beyond 65504, fp16 ends, and unfused attention with it
     o, lse = standard(*case.torch("cpu", layout), causal=case.causal, return_lse=True, **tiles)
     assert_rounded(o, lse, *case.qkv, case.dtype, case.mask)
 
