@@ -15,8 +15,10 @@ DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 HEAD_DIM_STEP, HEAD_DIM_LEAST, HEAD_DIM_MOST = 8, 16, 256
 GRID_MOST = 65535
 """Programs along the second and third dimension of a grid, which are heads and batch entries."""
-ARCHITECTURES = {7: "turing", 8: "ampere", 9: "hopper", 10: "blackwell", 12: "blackwell"}
-"""By the major number of the compute capability; sm_89 is Ada."""
+ARCHITECTURES = {7: "turing", 8: "ampere", 9: "hopper", 10: "blackwell"}
+"""By the major number of the compute capability."""
+WITH_99_KIB = (86, 89, 120)
+"""Ada, and the parts of Ampere and Blackwell with as little shared memory, and so the same rows of launch tables."""
 LIMITS = {
     "num_warps": (1, 16),
     "num_stages": (1, 8),
@@ -55,7 +57,7 @@ def capability(device: torch.device) -> int:
 def architecture(device: torch.device) -> str:
     """ "ampere", "ada", "hopper", "blackwell", or "turing", which no kernel here is for."""
     number = capability(device)
-    return "ada" if number == 89 else ARCHITECTURES.get(number // 10, f"sm_{number}")
+    return "ada" if number in WITH_99_KIB else ARCHITECTURES.get(number // 10, f"sm_{number}")
 
 
 def padded(head_dim: int) -> int:

@@ -207,3 +207,13 @@ def test_a_head_dim_that_the_launch_table_does_not_have(monkeypatch: pytest.Monk
 
 def _no_row(*args: object) -> dict[str, int]:
     raise LookupError("no row")
+
+
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [(75, "turing"), (80, "ampere"), (86, "ada"), (89, "ada"), (90, "hopper"), (100, "blackwell"), (120, "ada")],
+)
+def test_the_architecture_of_a_gpu(monkeypatch: pytest.MonkeyPatch, number: int, name: str) -> None:
+    """As launch tables call it; those with 99 KiB of shared memory have Ada's rows."""
+    monkeypatch.setattr(arguments, "capability", lambda device: number)
+    assert arguments.architecture(torch.device("cuda")) == name
