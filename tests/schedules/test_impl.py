@@ -13,6 +13,7 @@ from flashsim.devices import load_device
 from flashsim.errors import InputError, Race
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.fa2 import FA2
+from flashsim.schedules.fa2_backward_triton import FA2BackwardTriton
 from flashsim.schedules.fa2_triton import FA2Triton
 from flashsim.schedules.fa3 import FA3
 from flashsim.schedules.launch import launch_parameters
@@ -170,3 +171,10 @@ def test_what_impl_cannot_be(schedule: str, options: dict[str, Any], line: str) 
 def test_their_gradients_come_from_fa2(schedule: str, impl: str) -> None:
     with pytest.raises(InputError, match="gradients come from fa2"):
         simulate(problem(direction="bwd"), schedule, options={"impl": impl})
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_the_tile_of_a_deterministic_dq_is_that_of_the_launch_table(head_dim: int) -> None:
+    row = launch_parameters("triton", "fa2_bwd_dq", problem(head_dim=head_dim), "hopper")
+    kernel = FA2BackwardTriton(64, 128, 1, True, head_dim, head_dim, "wgmma")
+    assert kernel.dq_tile == (row["BLOCK_M"], row["BLOCK_N"], row["num_warps"] // 4)
