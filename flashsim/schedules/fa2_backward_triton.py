@@ -9,7 +9,7 @@ loop; here a last kernel does, as in the published code.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from flashsim.problem import AttentionProblem
 from flashsim.schedules.base import Grid, Kernel, Role
@@ -62,10 +62,9 @@ class FA2BackwardTriton(FA2Backward):
 
     warpgroups: int = 2
 
-    @property
-    def dq_tile(self) -> tuple[int, int, int]:
-        """BLOCK_M, BLOCK_N and warpgroups of the kernel that computes dQ alone: those of the launch table on Hopper."""
-        return 128, 64 if max(self.head_dim, self.head_dim_v) <= 128 else 32, 2
+    dq_tile: ClassVar[tuple[int, int, int]] = (128, 64, 2)
+    """BLOCK_M, BLOCK_N and warpgroups of the kernel that computes dQ alone: the launch table's up to head dim 128 on
+    Hopper. Tiles of wider heads are too small for the warps to share, and refused."""
 
     def complaints(self) -> list[str]:
         """Tiles that the warps cannot share."""

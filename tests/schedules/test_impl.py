@@ -173,8 +173,15 @@ def test_their_gradients_come_from_fa2(schedule: str, impl: str) -> None:
         simulate(problem(direction="bwd"), schedule, options={"impl": impl})
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128])
 def test_the_tile_of_a_deterministic_dq_is_that_of_the_launch_table(head_dim: int) -> None:
     row = launch_parameters("triton", "fa2_bwd_dq", problem(head_dim=head_dim), "hopper")
     kernel = FA2BackwardTriton(64, 128, 1, True, head_dim, head_dim, "wgmma")
     assert kernel.dq_tile == (row["BLOCK_M"], row["BLOCK_N"], row["num_warps"] // 4)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_of_wide_heads_are_refused(deterministic: bool) -> None:
+    options = {"impl": "triton", "deterministic": deterministic}
+    with pytest.raises(InputError, match="must give each of 8 warps 16 keys"):
+        simulate(problem(head_dim=256, direction="bwd"), "fa2", options=options)
